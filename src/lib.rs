@@ -10,7 +10,9 @@
     allow(clippy::unwrap_used, clippy::panic, clippy::indexing_slicing)
 )]
 
+pub mod api;
 pub mod config;
+pub mod net;
 pub mod runtime;
 pub mod types;
 
