@@ -14,6 +14,7 @@ pub mod api;
 pub mod config;
 pub mod net;
 pub mod runtime;
+pub mod storage;
 pub mod types;
 
 /// The README's Rust, compiled with the examples of the documentation.
