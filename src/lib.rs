@@ -13,6 +13,7 @@
 pub mod api;
 pub mod config;
 pub mod net;
+pub mod raft;
 pub mod runtime;
 pub mod storage;
 pub mod types;
