@@ -13,7 +13,9 @@
 pub mod api;
 pub mod config;
 pub mod net;
+pub mod partition;
 pub mod raft;
+pub mod record;
 pub mod runtime;
 pub mod storage;
 pub mod types;
