@@ -12,6 +12,7 @@
 
 pub mod api;
 pub mod config;
+pub mod controller;
 pub mod net;
 pub mod partition;
 pub mod raft;
