@@ -11,6 +11,7 @@
 )]
 
 pub mod api;
+pub mod client;
 pub mod config;
 pub mod controller;
 pub mod net;

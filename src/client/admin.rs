@@ -1,0 +1,197 @@
+//! What an operator asks of a cluster.
+//!
+//! Owns nothing: every method is one request, except that a created topic is waited for until it can be used.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::{Client, unexpected};
+use crate::api::{ClusterView, Request, Response, TopicRoute, TopicView};
+use crate::types::{BrokerId, Error, Offset, TopicName, TopicPartition};
+
+/// A topic to be created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NewTopic {
+    /// Its name, 1 to 249 of `A-Z a-z 0-9 . _ -`.
+    pub name: String,
+    /// Partitions, at least 1.
+    pub partitions: u32,
+    /// Copies of each partition, each on another broker, at least 1.
+    pub replication_factor: u32,
+    /// Configuration, with Kafka's keys.
+    pub config: BTreeMap<String, String>,
+    /// Per partition the brokers in order of preference; empty: the controller chooses.
+    pub assignment: Vec<Vec<BrokerId>>,
+}
+
+impl NewTopic {
+    /// A topic with the default configuration, placed by the controller.
+    pub fn new(name: &str, partitions: u32, replication_factor: u32) -> Self {
+        Self {
+            name: name.to_owned(),
+            partitions,
+            replication_factor,
+            config: BTreeMap::new(),
+            assignment: Vec::new(),
+        }
+    }
+
+    /// Adds one configuration key.
+    #[must_use]
+    pub fn with_config(mut self, key: &str, value: &str) -> Self {
+        self.config.insert(key.to_owned(), value.to_owned());
+        self
+    }
+}
+
+/// A topic was created.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Created {
+    /// What the operator should know, one line each.
+    pub warnings: Vec<String>,
+}
+
+/// See [`Client::admin`]. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Admin {
+    client: Client,
+}
+
+/// How long [`Admin::create_topic`] waits for the leaders of what it created.
+const LEADERS_WITHIN: Duration = Duration::from_secs(10);
+
+impl Admin {
+    pub(super) fn new(client: Client) -> Self {
+        Self { client }
+    }
+
+    /// Creates a topic and waits, up to ten seconds, until each partition has a leader; one that has none by then is named in the
+    /// warnings. An unknown outcome is reported and not repeated. Cancel: the topic may be created or not.
+    pub async fn create_topic(&self, topic: NewTopic) -> Result<Created, Error> {
+        let name = TopicName::new(&topic.name)?;
+        let request = Request::CreateTopic {
+            name: name.clone(),
+            partitions: topic.partitions,
+            replication_factor: topic.replication_factor,
+            config: topic.config,
+            assignment: topic.assignment,
+        };
+        let mut warnings = match self.client.request(request).await? {
+            Response::Created { warnings } => warnings,
+            other => return Err(unexpected(&other)),
+        };
+        let leaderless = self.wait_for_leaders(&name, topic.partitions).await;
+        if leaderless > 0 {
+            warnings.push(format!(
+                "{leaderless} of {} partitions have no leader yet; see `logboom topic describe {name}`",
+                topic.partitions
+            ));
+        }
+        Ok(Created { warnings })
+    }
+
+    /// How many of the partitions have no leader in the end.
+    async fn wait_for_leaders(&self, name: &TopicName, partitions: u32) -> usize {
+        let deadline = Instant::now() + LEADERS_WITHIN;
+        let all = usize::try_from(partitions).unwrap_or(usize::MAX);
+        loop {
+            let request = Request::Metadata {
+                topics: Some(vec![name.clone()]),
+            };
+            let mut led = 0;
+            if let Ok(Response::Metadata {
+                brokers, topics, ..
+            }) = self.client.call_until(request, deadline).await
+            {
+                let routes = topics.iter().flat_map(|topic| &topic.partitions);
+                led = routes.filter(|route| route.leader.is_some()).count();
+                self.client.router().learn(brokers, topics);
+            }
+            if led >= all || Instant::now() >= deadline {
+                return all.saturating_sub(led);
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Deletes a topic and its records.
+    pub async fn delete_topic(&self, name: &str) -> Result<(), Error> {
+        let name = TopicName::new(name)?;
+        match self.client.request(Request::DeleteTopic { name }).await? {
+            Response::Deleted => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// All topics, by name, with their routes.
+    pub async fn list(&self) -> Result<Vec<TopicRoute>, Error> {
+        match self
+            .client
+            .request(Request::Metadata { topics: None })
+            .await?
+        {
+            Response::Metadata { mut topics, .. } => {
+                topics.sort_by(|one, other| one.name.cmp(&other.name));
+                Ok(topics)
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Everything known about the topics named, or about all, by name. A name that does not exist is an error.
+    pub async fn describe(&self, names: Option<&[String]>) -> Result<Vec<TopicView>, Error> {
+        let topics: Option<Vec<TopicName>> = match names {
+            Some(names) => Some(
+                names
+                    .iter()
+                    .map(|name| TopicName::new(name))
+                    .collect::<Result<_, _>>()?,
+            ),
+            None => None,
+        };
+        let request = Request::DescribeTopics {
+            topics: topics.clone(),
+        };
+        let mut views = match self.client.request(request).await? {
+            Response::Described(views) => views,
+            other => return Err(unexpected(&other)),
+        };
+        views.sort_by(|one, other| one.name.cmp(&other.name));
+        for topic in topics.into_iter().flatten() {
+            if !views.iter().any(|view| view.name == topic) {
+                return Err(Error::UnknownTopic { topic });
+            }
+        }
+        Ok(views)
+    }
+
+    /// The state of the cluster.
+    pub async fn cluster_status(&self) -> Result<ClusterView, Error> {
+        match self.client.request(Request::ClusterStatus).await? {
+            Response::Status(view) => Ok(view),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Hands leadership back to preferred leaders that are alive and caught up; answers with the partitions moved.
+    pub async fn elect_leaders(&self) -> Result<Vec<TopicPartition>, Error> {
+        match self.client.request(Request::ElectLeaders).await? {
+            Response::Elected(moved) => Ok(moved),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Drops the records of a partition below `offset`; answers with the log start offset.
+    pub async fn trim(&self, partition: TopicPartition, offset: Offset) -> Result<Offset, Error> {
+        match self
+            .client
+            .request(Request::Trim { partition, offset })
+            .await?
+        {
+            Response::Trimmed(start) => Ok(start),
+            other => Err(unexpected(&other)),
+        }
+    }
+}
