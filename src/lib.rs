@@ -11,6 +11,7 @@
 )]
 
 pub mod api;
+pub mod broker;
 pub mod client;
 pub mod config;
 pub mod controller;
@@ -20,6 +21,8 @@ pub mod raft;
 pub mod record;
 pub mod runtime;
 pub mod storage;
+#[cfg(any(test, feature = "testkit"))]
+pub mod testkit;
 pub mod types;
 
 /// The README's Rust, compiled with the examples of the documentation.

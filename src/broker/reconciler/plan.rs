@@ -1,0 +1,389 @@
+//! What to do next for one replica. Pure: what there should be and what there is in, one step out.
+//!
+//! Owns nothing. Every step is planned from what is found, never from what was done before, so a crash between two steps
+//! loses nothing.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use crate::raft::GroupStatus;
+use crate::types::{Assignment, ReplicaId};
+
+/// What to do about the local replica of one group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LocalStep {
+    /// It is as it should be, or the image is too old to say.
+    Rest,
+    /// Start it, creating it when it is not stored.
+    Start,
+    /// Stop it, and delete what is stored.
+    Delete,
+}
+
+/// The next step for a group of which `found` is stored here, and runs if `is_running`; `wanted` is the replica that this
+/// broker should hold by the image, and `knows` tells whether the image is younger than a replica.
+///
+/// Nothing is deleted because an image does not show it yet: only an image that knows the replica can have dropped it. A
+/// replica that moves away stays wanted until its replacement is finished.
+pub(super) fn local_step(
+    wanted: Option<ReplicaId>,
+    found: Option<ReplicaId>,
+    is_running: bool,
+    knows: impl Fn(ReplicaId) -> bool,
+) -> LocalStep {
+    match (wanted, found) {
+        (Some(wanted), Some(found)) if wanted == found => {
+            if is_running {
+                LocalStep::Rest
+            } else {
+                LocalStep::Start
+            }
+        }
+        (_, Some(found)) if knows(found) => LocalStep::Delete,
+        (_, Some(_)) | (None, None) => LocalStep::Rest,
+        (Some(_), None) => LocalStep::Start,
+    }
+}
+
+/// How long after its start `me` creates its group when the group shows no life; `None` when that is not its part.
+///
+/// Every data replica that the group is founded with may create it, with the same voters, so that doing it twice is harmless;
+/// the preferred one does it at once, the others only when it does not.
+pub(super) fn founding_delay(
+    founding: &Assignment,
+    me: ReplicaId,
+    patience: Duration,
+) -> Option<Duration> {
+    let rank = founding
+        .replicas
+        .iter()
+        .position(|replica| *replica == me)?;
+    Some(patience * u32::try_from(rank).unwrap_or(u32::MAX))
+}
+
+/// What the leader of a group does next about its members.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum MemberStep {
+    /// The members are the assigned replicas.
+    Settled,
+    /// Somebody has to catch up first, or the image is older than the members.
+    Wait,
+    /// Let this replica receive the log.
+    AddLearner(ReplicaId),
+    /// Drop this replica, which does not vote.
+    RemoveLearner(ReplicaId),
+    /// Let exactly these vote.
+    ChangeVoters(BTreeSet<ReplicaId>),
+    /// Hand leadership to this replica: the leader itself is not assigned any more.
+    HandOver(ReplicaId),
+}
+
+/// The leader `me`'s next step from the members in `status` towards `assignment`. `knows` tells whether the image that the
+/// assignment comes from is younger than a replica; `is_level` whether a replica is connected and has caught up.
+pub(super) fn member_step(
+    me: ReplicaId,
+    assignment: &Assignment,
+    status: &GroupStatus,
+    knows: impl Fn(ReplicaId) -> bool,
+    is_level: impl Fn(ReplicaId) -> bool,
+) -> MemberStep {
+    let wanted: BTreeSet<ReplicaId> = assignment.voters().collect();
+    let members: BTreeSet<ReplicaId> = status.voters.union(&status.learners).copied().collect();
+    if !members.iter().all(|replica| knows(*replica)) {
+        return MemberStep::Wait;
+    }
+    // The leader keeps its vote until another one leads.
+    let with_me = |voters: &BTreeSet<ReplicaId>| {
+        let mut voters = voters.clone();
+        voters.insert(me);
+        voters
+    };
+    if status.is_joint {
+        let reachable: BTreeSet<ReplicaId> = wanted.intersection(&status.voters).copied().collect();
+        return MemberStep::ChangeVoters(with_me(&reachable));
+    }
+    if let Some(missing) = wanted.iter().find(|replica| !members.contains(replica)) {
+        return MemberStep::AddLearner(*missing);
+    }
+    if status.voters == wanted {
+        let stranger = status
+            .learners
+            .iter()
+            .find(|replica| !wanted.contains(replica));
+        return stranger.map_or(MemberStep::Settled, |learner| {
+            MemberStep::RemoveLearner(*learner)
+        });
+    }
+    let mut new = wanted.difference(&status.voters);
+    if !new.all(|replica| is_level(*replica)) {
+        return MemberStep::Wait;
+    }
+    if wanted.contains(&me) {
+        return MemberStep::ChangeVoters(wanted);
+    }
+    if status.voters != with_me(&wanted) {
+        return MemberStep::ChangeVoters(with_me(&wanted));
+    }
+    let heir = assignment
+        .replicas
+        .iter()
+        .copied()
+        .find(|replica| is_level(*replica));
+    heir.map_or(MemberStep::Wait, MemberStep::HandOver)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{BrokerId, ReplicaKind};
+
+    fn data(broker: u32, epoch: u32) -> ReplicaId {
+        ReplicaId::new(BrokerId(broker), ReplicaKind::Data, epoch)
+    }
+
+    fn witness(broker: u32, epoch: u32) -> ReplicaId {
+        ReplicaId::new(BrokerId(broker), ReplicaKind::Witness, epoch)
+    }
+
+    /// Goal: replicas are started and deleted only for the right reason, above all never deleted because the image is old.
+    /// Method: a table over wanted, found, running, and the youngest replica that the image knows.
+    #[test]
+    fn a_replica_is_deleted_only_by_an_image_that_knows_it() {
+        use LocalStep::{Delete, Rest, Start};
+        let table = [
+            ("nothing", None, None, false, 9, Rest),
+            ("new", Some(5), None, false, 9, Start),
+            ("after a restart", Some(5), Some(5), false, 9, Start),
+            ("running", Some(5), Some(5), true, 9, Rest),
+            ("topic deleted", None, Some(5), true, 9, Delete),
+            ("topic deleted while away", None, Some(5), false, 5, Delete),
+            ("image older than the topic", None, Some(5), true, 4, Rest),
+            ("image empty", None, Some(5), false, 0, Rest),
+            ("replaced on this broker", Some(7), Some(5), true, 7, Delete),
+            (
+                "image older than the replacement",
+                Some(5),
+                Some(7),
+                true,
+                6,
+                Rest,
+            ),
+        ];
+        for (name, wanted, found, is_running, youngest, step) in table {
+            let (wanted, found) = (wanted.map(|e| data(1, e)), found.map(|e| data(1, e)));
+            let knows = |replica: ReplicaId| replica.epoch() <= youngest;
+            assert_eq!(local_step(wanted, found, is_running, knows), step, "{name}");
+        }
+    }
+
+    /// Goal: one replica creates a group, others only stand in, strangers and witnesses never. Method: all of them.
+    #[test]
+    fn founders_take_turns() {
+        let founding = Assignment {
+            replicas: vec![data(2, 1), data(1, 1)],
+            witness: Some(witness(3, 1)),
+        };
+        let delay = |me| founding_delay(&founding, me, Duration::from_secs(3));
+        assert_eq!(delay(data(2, 1)), Some(Duration::ZERO));
+        assert_eq!(delay(data(1, 1)), Some(Duration::from_secs(3)));
+        assert_eq!(delay(witness(3, 1)), None);
+        assert_eq!(delay(data(2, 2)), None, "came back empty: not a founder");
+    }
+
+    #[derive(Clone)]
+    struct Case<'a> {
+        name: &'a str,
+        me: ReplicaId,
+        wanted: &'a [ReplicaId],
+        voters: &'a [ReplicaId],
+        learners: &'a [ReplicaId],
+        is_joint: bool,
+        level: &'a [ReplicaId],
+        step: MemberStep,
+    }
+
+    fn check(case: &Case<'_>, youngest: u32) {
+        let (witnesses, replicas): (Vec<ReplicaId>, Vec<ReplicaId>) = case
+            .wanted
+            .iter()
+            .copied()
+            .partition(|replica| replica.is_witness());
+        let assignment = Assignment {
+            replicas,
+            witness: witnesses.first().copied(),
+        };
+        let status = GroupStatus {
+            voters: case.voters.iter().copied().collect(),
+            learners: case.learners.iter().copied().collect(),
+            is_joint: case.is_joint,
+            ..GroupStatus::default()
+        };
+        let step = member_step(
+            case.me,
+            &assignment,
+            &status,
+            |replica| replica.epoch() <= youngest,
+            |replica| case.level.contains(&replica),
+        );
+        assert_eq!(step, case.step, "{}", case.name);
+    }
+
+    /// Goal: a lost replica is replaced in the right order: learn, catch up, vote, and only then the old one goes; a change
+    /// left half done is finished; an old image changes nothing. Method: a table.
+    #[test]
+    fn members_follow_the_assignment() {
+        let (a, lost, new, w) = (data(2, 1), data(1, 1), data(1, 5), witness(3, 1));
+        let set = |replicas: &[ReplicaId]| replicas.iter().copied().collect::<BTreeSet<_>>();
+        let case = Case {
+            name: "at rest",
+            me: a,
+            wanted: &[lost, a, w],
+            voters: &[lost, a, w],
+            learners: &[],
+            is_joint: false,
+            level: &[],
+            step: MemberStep::Settled,
+        };
+        check(&case, 9);
+        let wanted = &[new, a, w][..];
+        check(
+            &Case {
+                name: "learn",
+                wanted,
+                step: MemberStep::AddLearner(new),
+                ..case
+            },
+            9,
+        );
+        let case = Case {
+            wanted,
+            learners: &[new],
+            ..case
+        };
+        check(
+            &Case {
+                name: "catch up",
+                step: MemberStep::Wait,
+                ..case
+            },
+            9,
+        );
+        let change = MemberStep::ChangeVoters(set(&[new, a, w]));
+        check(
+            &Case {
+                name: "vote",
+                level: &[new],
+                step: change.clone(),
+                ..case
+            },
+            9,
+        );
+        let joint = &[lost, new, a, w][..];
+        let half = Case {
+            voters: joint,
+            learners: &[],
+            is_joint: true,
+            step: change,
+            ..case
+        };
+        check(
+            &Case {
+                name: "finish a change",
+                ..half
+            },
+            9,
+        );
+        let case = Case {
+            voters: &[new, a, w],
+            learners: &[],
+            ..case
+        };
+        check(
+            &Case {
+                name: "done",
+                step: MemberStep::Settled,
+                ..case
+            },
+            9,
+        );
+        let drop = MemberStep::RemoveLearner(lost);
+        check(
+            &Case {
+                name: "drop the old one",
+                learners: &[lost],
+                step: drop,
+                ..case
+            },
+            9,
+        );
+        let old = Case {
+            name: "old image",
+            wanted: &[lost, a, w],
+            step: MemberStep::Wait,
+            ..case
+        };
+        check(&old, 4);
+    }
+
+    /// Goal: a leader that moves away keeps its vote until another one leads. Method: RF 1 moves from broker 1 to 2.
+    #[test]
+    fn a_leader_that_is_not_assigned_hands_over_first() {
+        let (me, heir) = (data(1, 1), data(2, 5));
+        let both: BTreeSet<ReplicaId> = [me, heir].into();
+        let case = Case {
+            name: "both vote",
+            me,
+            wanted: &[heir],
+            voters: &[me],
+            learners: &[heir],
+            is_joint: false,
+            level: &[heir],
+            step: MemberStep::ChangeVoters(both.clone()),
+        };
+        check(&case, 9);
+        let case = Case {
+            voters: &[me, heir],
+            learners: &[],
+            ..case
+        };
+        check(
+            &Case {
+                name: "hand over",
+                step: MemberStep::HandOver(heir),
+                ..case
+            },
+            9,
+        );
+        check(
+            &Case {
+                name: "not yet",
+                level: &[],
+                step: MemberStep::Wait,
+                ..case
+            },
+            9,
+        );
+        let joint = Case {
+            is_joint: true,
+            step: MemberStep::ChangeVoters(both),
+            ..case
+        };
+        check(
+            &Case {
+                name: "half done",
+                ..joint
+            },
+            9,
+        );
+        let removal = MemberStep::ChangeVoters([heir].into());
+        check(
+            &Case {
+                name: "the heir removes the old leader",
+                me: heir,
+                step: removal,
+                ..case
+            },
+            9,
+        );
+    }
+}

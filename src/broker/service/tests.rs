@@ -1,0 +1,90 @@
+//! Requests to whole brokers of one process.
+
+use tokio::time::timeout;
+
+use super::*;
+use crate::api::{PartitionReport, answer_from_message};
+use crate::net::{Connection, NetConfig};
+use crate::runtime::Tasks;
+use crate::testkit::LocalCluster;
+use crate::types::{LeaderEpoch, PartitionId, ReplicaKind};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+async fn ask(connection: &Connection, request: Request) -> Result<Response, Error> {
+    let call = Call {
+        timeout_ms: 10_000,
+        forward: true,
+        request,
+    };
+    let pending = connection.call(call.into_message(), PATIENCE).unwrap();
+    answer_from_message(pending.await.unwrap()).unwrap()
+}
+
+/// Goal: a client cannot speak for a broker; a report in its name could lock its data directory out for good. Method: each
+/// request between brokers over a client's connection; then the broker starts again on its directory.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_cannot_speak_for_a_broker() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut cluster = LocalCluster::start(1, directory.path(), |_| {})
+        .await
+        .unwrap();
+    let broker = BrokerId(1);
+    let tasks = Tasks::new();
+    let address = cluster.bootstrap().remove(0);
+    let connection = Connection::open(&address, &NetConfig::default(), &tasks)
+        .await
+        .unwrap();
+    let partition = TopicPartition {
+        topic: TopicName::new("t").unwrap(),
+        partition: PartitionId(0),
+    };
+    let report = PartitionReport {
+        partition: partition.clone(),
+        epoch: LeaderEpoch(u64::MAX),
+        isr: vec![broker],
+        voters: Vec::new(),
+    };
+    let position = u64::MAX;
+    for request in [
+        Request::ReportPartitions {
+            broker,
+            reports: vec![report],
+            position,
+        },
+        Request::MoveLeader {
+            partition,
+            to: ReplicaId::new(broker, ReplicaKind::Data, 1),
+        },
+        Request::DescribeLed { topics: None },
+    ] {
+        let shown = format!("{request:?}");
+        let answer = ask(&connection, request).await;
+        assert!(
+            matches!(answer, Err(Error::Refused { .. })),
+            "{shown}: {answer:?}"
+        );
+    }
+    drop(connection);
+    // a broker that has failed sends its callers elsewhere
+    let running = cluster.broker(broker).unwrap().clone();
+    running.context.fail(Error::Failed {
+        reason: "by this test".to_owned(),
+    });
+    let call = Call {
+        timeout_ms: 1_000,
+        forward: true,
+        request: Request::ClusterStatus,
+    };
+    let answer = running.service.answer(call, None).await;
+    assert!(
+        answer.as_ref().is_err_and(Error::is_retriable),
+        "{answer:?}"
+    );
+    cluster.kill(broker).await;
+    cluster.restart(broker).await.unwrap();
+    let running = cluster.broker(broker).unwrap().clone();
+    timeout(PATIENCE, running.wait_ready()).await.unwrap();
+    cluster.shutdown().await;
+    tasks.shutdown().await;
+}
