@@ -1,0 +1,362 @@
+//! The commands: what is parsed, what is run, what the process answers with.
+//!
+//! Owns the exit codes (0 done, 1 failed, 2 wrong usage) and the one line on standard error. Nothing but a command's result goes to
+//! standard output.
+
+mod children;
+mod cluster;
+mod compare;
+mod demo;
+mod dev;
+mod lines;
+mod output;
+mod progress;
+mod records;
+mod serve;
+mod settings;
+mod topics;
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use logboom::client::{Client, ClientConfig};
+use logboom::types::Error;
+use tracing_subscriber::EnvFilter;
+
+/// A replicated, partitioned log: Kafka's model, one Raft group per partition.
+#[derive(Debug, Parser)]
+#[command(name = "logboom", version, about, max_term_width = 100)]
+struct Cli {
+    /// What is logged to standard error: error, warn, info, debug, trace, or a filter as `logboom::raft=debug`
+    #[arg(long, value_name = "LEVEL", global = true, env = "LOGBOOM_LOG")]
+    log: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Watch three brokers survive a kill -9: nothing lost, leadership given back
+    Demo(demo::DemoArgs),
+    /// Run a cluster on this machine until Ctrl-C
+    Dev(dev::DevArgs),
+    /// Run one broker
+    Serve(Box<serve::ServeArgs>),
+    /// Create, list, describe and delete topics
+    Topic(topics::TopicArgs),
+    /// Append the lines of standard input to a topic
+    Produce(records::ProduceArgs),
+    /// Print the records of a topic
+    Consume(records::ConsumeArgs),
+    /// Look at the cluster, move leaders
+    Cluster(cluster::ClusterArgs),
+    /// Check the data directory of a broker that is not running
+    Fsck(FsckArgs),
+}
+
+/// Which cluster a client command talks to.
+#[derive(Debug, Args)]
+struct ClusterAddress {
+    /// Brokers of the cluster, any of them will do
+    #[arg(
+        long,
+        env = "LOGBOOM_BOOTSTRAP",
+        value_name = "HOST:PORT[,…]",
+        default_value = "127.0.0.1:9092"
+    )]
+    bootstrap: String,
+}
+
+impl ClusterAddress {
+    fn addresses(&self) -> Vec<String> {
+        let named = self
+            .bootstrap
+            .split(',')
+            .map(str::trim)
+            .filter(|address| !address.is_empty());
+        // A broker's own list has the form id@host:port; it will do here too.
+        named
+            .map(|one| {
+                one.split_once('@')
+                    .map_or(one, |(_, address)| address)
+                    .to_owned()
+            })
+            .collect()
+    }
+
+    async fn connect(&self) -> anyhow::Result<Client> {
+        match Client::connect(&self.addresses(), ClientConfig::default()).await {
+            Ok(client) => Ok(client),
+            Err(error @ Error::InvalidConfig { .. }) => Err(Usage(error.to_string()).into()),
+            Err(error) => anyhow::bail!(
+                "{error}; is the cluster up? Name its brokers with --bootstrap or LOGBOOM_BOOTSTRAP"
+            ),
+        }
+    }
+}
+
+#[derive(Debug, Args)]
+struct FsckArgs {
+    /// The broker's data directory
+    directory: PathBuf,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+}
+
+/// Wrong usage: exit code 2.
+#[derive(Debug)]
+struct Usage(String);
+
+impl fmt::Display for Usage {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+const FAILED: u8 = 1;
+const WRONG_USAGE: u8 = 2;
+
+/// How long the process waits for what still runs in the background when its command is done.
+const LEFTOVERS: Duration = Duration::from_millis(100);
+
+/// Runs the command line of this process.
+pub(crate) fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return usage(&error),
+    };
+    if let Err(error) = start_log(cli.log.as_deref(), default_level(&cli.command)) {
+        return fail(&error);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(&anyhow::anyhow!("cannot start: {error}")),
+    };
+    let result = runtime.block_on(run(cli.command));
+    // A read of standard input cannot be cancelled, so nobody waits for it.
+    runtime.shutdown_timeout(LEFTOVERS);
+    match result {
+        Ok(code) => code,
+        Err(error) => fail(&error),
+    }
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Demo(args) => Box::pin(demo::run(args)).await,
+        Command::Dev(args) => dev::run(args).await,
+        Command::Serve(args) => Box::pin(serve::run(*args)).await,
+        Command::Topic(args) => topics::run(args).await,
+        Command::Produce(args) => records::produce(args).await,
+        Command::Consume(args) => records::consume(args).await,
+        Command::Cluster(args) => cluster::run(args).await,
+        Command::Fsck(args) => fsck(&args),
+    }
+}
+
+fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {
+    let report = logboom::storage::fsck(&args.directory);
+    if args.json {
+        output::json(&report)?;
+    } else {
+        for finding in &report.findings {
+            let kind = if finding.damage { "damage" } else { "note" };
+            output::line(&format!("{kind}: {}", finding.what))?;
+        }
+        if report.verdict != logboom::storage::Verdict::CannotCheck {
+            output::line(&format!(
+                "{} groups, {} entries in {} frames, {} segments of {} bytes",
+                report.groups, report.entries, report.frames, report.segments, report.journal_bytes
+            ))?;
+        }
+    }
+    let directory = args.directory.display();
+    match report.verdict.exit_code() {
+        0 => Ok(ExitCode::SUCCESS),
+        1 => anyhow::bail!(
+            "{directory} is damaged: keep it as it is, start the broker on an empty directory and let it copy its replicas"
+        ),
+        _ => Err(Usage(format!(
+            "{directory} cannot be checked; {}",
+            last_finding(&report)
+        ))
+        .into()),
+    }
+}
+
+fn last_finding(report: &logboom::storage::FsckReport) -> &str {
+    report
+        .findings
+        .last()
+        .map_or("no reason is known", |finding| finding.what.as_str())
+}
+
+/// A broker says what it does; a client speaks only when something is wrong.
+fn default_level(command: &Command) -> &'static str {
+    match command {
+        Command::Serve(_) => "info",
+        _ => "error",
+    }
+}
+
+fn start_log(filter: Option<&str>, default: &str) -> anyhow::Result<()> {
+    let text = filter.unwrap_or(default);
+    // A plain level is about Logboom: the Raft library reports every heartbeat that is not answered, and an error when it is
+    // told to stop. What stops a replica is reported by `raft` itself.
+    let quiet =
+        matches!(text, "error" | "warn" | "info").then(|| format!("{text},openraft=off,sled=warn"));
+    let filter = EnvFilter::builder()
+        .parse(quiet.as_deref().unwrap_or(text))
+        .map_err(|_| {
+            Usage(format!(
+                "--log {text:?} is not a filter; use error, warn, info, debug or trace"
+            ))
+        })?;
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .init();
+    Ok(())
+}
+
+/// Help and version go to standard output; anything else is one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match output::text(&error.render().to_string()) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => fail(&error),
+        };
+    }
+    if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        complain(&format!(
+            "say what to do: {}; see `logboom --help`",
+            subcommands()
+        ));
+        return ExitCode::from(WRONG_USAGE);
+    }
+    let text = error.render().to_string();
+    let told = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:"));
+    let line = told
+        .filter(|line| !line.is_empty() && !line.starts_with("For more information"))
+        .collect::<Vec<_>>()
+        .join(" ");
+    let line = line.strip_prefix("error: ").unwrap_or(&line);
+    complain(&format!("{line}; see `logboom --help`"));
+    ExitCode::from(WRONG_USAGE)
+}
+
+/// What may follow the words of the command line that name commands.
+fn subcommands() -> String {
+    let mut command = Cli::command();
+    for word in std::env::args_os().skip(1) {
+        if let Some(found) = word.to_str().and_then(|word| command.find_subcommand(word)) {
+            command = found.clone();
+        }
+    }
+    let names: Vec<&str> = command
+        .get_subcommands()
+        .map(clap::Command::get_name)
+        .collect();
+    names.join(", ")
+}
+
+fn fail(error: &anyhow::Error) -> ExitCode {
+    // Who closed our output has seen enough: `logboom consume … | head`.
+    if output::is_closed(error) {
+        return ExitCode::SUCCESS;
+    }
+    complain(&format!("{error:#}").replace('\n', " "));
+    let wrong = error.downcast_ref::<Usage>().is_some();
+    ExitCode::from(if wrong { WRONG_USAGE } else { FAILED })
+}
+
+fn complain(line: &str) {
+    use io::Write;
+    // Nobody is left to be told when standard error is gone.
+    writeln!(io::stderr(), "logboom: {line}").ok();
+}
+
+/// Resolves when the user or the system wants the process to end.
+async fn asked_to_stop() -> anyhow::Result<()> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    tokio::select! {
+        biased;
+        interrupted = tokio::signal::ctrl_c() => interrupted?,
+        _ = terminate.recv() => {}
+        _ = hangup.recv() => {}
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Cli, clap::Error> {
+        Cli::try_parse_from(line.split(' '))
+    }
+
+    /// Goal: the forms that scripts rely on are understood. Method: every form, parsed.
+    #[test]
+    fn the_fixed_forms_parse() {
+        Cli::command().debug_assert();
+        for line in [
+            "logboom demo",
+            "logboom demo --input f --json --data d",
+            "logboom dev --brokers 5 --data d",
+            "logboom serve --config f",
+            "logboom serve --config f --broker-id 7 --listen 127.0.0.1:1",
+            "logboom topic create t --partitions 2 --replication-factor 2 --config min.insync.replicas=2 --config a=b",
+            "logboom topic list --json",
+            "logboom topic describe",
+            "logboom topic describe t --json",
+            "logboom topic delete t",
+            "logboom produce t --key-separator : --acks all",
+            "logboom produce t --acks leader --bootstrap a:1,b:2",
+            "logboom consume t --partition 1 --from earliest --max 3 --follow",
+            "logboom consume t --from 17",
+            "logboom cluster status --json",
+            "logboom cluster elect-leaders",
+            "logboom fsck d --json",
+            "logboom --log debug topic list",
+            "logboom topic list --log debug",
+        ] {
+            if let Err(error) = parse(line) {
+                panic!("{line}: {error}");
+            }
+        }
+        for line in [
+            "logboom",
+            "logboom produce",
+            "logboom topic create t",
+            "logboom consume t --from x",
+        ] {
+            assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    /// Goal: a broker's bootstrap list serves a client too. Method: both forms.
+    #[test]
+    fn bootstrap_takes_both_forms() {
+        let address = ClusterAddress {
+            bootstrap: "a:1, 2@b:2,,".to_owned(),
+        };
+        assert_eq!(address.addresses(), ["a:1", "b:2"]);
+    }
+}

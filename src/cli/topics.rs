@@ -1,0 +1,278 @@
+//! `logboom topic`: create, list, describe, delete.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use logboom::api::{PartitionView, TopicRoute, TopicView};
+use logboom::client::NewTopic;
+use logboom::types::TopicName;
+use serde_json::{Value, json};
+
+use super::{ClusterAddress, Usage, output};
+
+#[derive(Debug, Args)]
+pub(super) struct TopicArgs {
+    #[command(subcommand)]
+    command: TopicCommand,
+}
+
+#[derive(Debug, Subcommand)]
+enum TopicCommand {
+    /// Create a topic and wait for its leaders
+    Create(CreateArgs),
+    /// List all topics
+    List(ListArgs),
+    /// Show leader, epoch, replicas, ISR, witness, offsets and lag of each partition
+    Describe(DescribeArgs),
+    /// Delete a topic and its records
+    Delete(DeleteArgs),
+}
+
+#[derive(Debug, Args)]
+struct CreateArgs {
+    /// 1 to 249 of A-Z a-z 0-9 . _ -
+    name: String,
+    /// How many partitions
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
+    partitions: u32,
+    /// How many copies of each, each on another broker
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
+    replication_factor: u32,
+    /// Configuration as min.insync.replicas=2; may be given several times
+    #[arg(long, value_name = "KEY=VALUE", value_parser = pair)]
+    config: Vec<(String, String)>,
+    /// One JSON object instead of text
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    cluster: ClusterAddress,
+}
+
+#[derive(Debug, Args)]
+struct ListArgs {
+    /// One JSON array instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    cluster: ClusterAddress,
+}
+
+#[derive(Debug, Args)]
+struct DescribeArgs {
+    /// One topic; all of them without it
+    name: Option<String>,
+    /// One JSON array instead of a table
+    #[arg(long)]
+    json: bool,
+    #[command(flatten)]
+    cluster: ClusterAddress,
+}
+
+#[derive(Debug, Args)]
+struct DeleteArgs {
+    /// The topic
+    name: String,
+    #[command(flatten)]
+    cluster: ClusterAddress,
+}
+
+fn pair(text: &str) -> Result<(String, String), String> {
+    let (key, value) = text.split_once('=').ok_or("use KEY=VALUE")?;
+    Ok((key.trim().to_owned(), value.trim().to_owned()))
+}
+
+fn check_name(name: &str) -> anyhow::Result<()> {
+    TopicName::new(name).map_err(|error| Usage(error.to_string()))?;
+    Ok(())
+}
+
+pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
+    match args.command {
+        TopicCommand::Create(args) => create(args).await?,
+        TopicCommand::List(args) => {
+            let topics = args.cluster.connect().await?.admin().list().await?;
+            if args.json {
+                output::json(&topics.iter().map(route_json).collect::<Vec<_>>())?;
+            } else {
+                output::text(&list_table(&topics))?;
+            }
+        }
+        TopicCommand::Describe(args) => {
+            if let Some(name) = &args.name {
+                check_name(name)?;
+            }
+            let names = args.name.map(|name| vec![name]);
+            let admin = args.cluster.connect().await?.admin();
+            let topics = admin.describe(names.as_deref()).await?;
+            if args.json {
+                output::json(&topics.iter().map(topic_json).collect::<Vec<_>>())?;
+            } else {
+                output::text(&describe_table(&topics))?;
+            }
+        }
+        TopicCommand::Delete(args) => {
+            check_name(&args.name)?;
+            args.cluster
+                .connect()
+                .await?
+                .admin()
+                .delete_topic(&args.name)
+                .await?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn create(args: CreateArgs) -> anyhow::Result<()> {
+    check_name(&args.name)?;
+    let mut topic = NewTopic::new(&args.name, args.partitions, args.replication_factor);
+    topic.config = args.config.into_iter().collect::<BTreeMap<_, _>>();
+    let admin = args.cluster.connect().await?.admin();
+    let created = admin.create_topic(topic).await?;
+    if args.json {
+        let (name, partitions) = (&args.name, args.partitions);
+        return output::json(&json!({
+            "name": name,
+            "partitions": partitions,
+            "replication_factor": args.replication_factor,
+            "warnings": created.warnings,
+        }));
+    }
+    let told = created
+        .warnings
+        .iter()
+        .map(|warning| format!("warning: {warning}"));
+    let lines: Vec<String> = std::iter::once(format!("created {}", args.name))
+        .chain(told)
+        .collect();
+    output::line(&lines.join("\n"))
+}
+
+fn list_table(topics: &[TopicRoute]) -> String {
+    let row = |topic: &TopicRoute| {
+        let leaderless = topic
+            .partitions
+            .iter()
+            .filter(|route| route.leader.is_none())
+            .count();
+        let short = topic
+            .partitions
+            .iter()
+            .filter(|route| route.isr.len() < route.replicas.len());
+        vec![
+            topic.name.to_string(),
+            topic.partitions.len().to_string(),
+            topic
+                .partitions
+                .first()
+                .map_or(0, |route| route.replicas.len())
+                .to_string(),
+            short.count().to_string(),
+            leaderless.to_string(),
+        ]
+    };
+    let heading = [
+        "TOPIC",
+        "PARTITIONS",
+        "REPLICAS",
+        "UNDER-REPLICATED",
+        "LEADERLESS",
+    ];
+    output::table(&heading, &topics.iter().map(row).collect::<Vec<_>>())
+}
+
+fn route_json(topic: &TopicRoute) -> Value {
+    let partition = |route: &logboom::api::PartitionRoute| {
+        json!({
+            "id": route.partition,
+            "leader": route.leader,
+            "epoch": route.epoch,
+            "replicas": route.replicas,
+            "isr": route.isr,
+        })
+    };
+    json!({
+        "name": topic.name,
+        "partitions": topic.partitions.iter().map(partition).collect::<Vec<_>>(),
+        "config": topic.config,
+    })
+}
+
+pub(super) fn topic_json(topic: &TopicView) -> Value {
+    let partition = |view: &PartitionView| {
+        let replica = |replica: &logboom::api::ReplicaView| json!({ "broker": replica.broker, "in_sync": replica.in_sync, "lag": replica.lag });
+        json!({
+            "id": view.partition,
+            "leader": view.leader,
+            "epoch": view.epoch,
+            "replicas": view.replicas.iter().map(replica).collect::<Vec<_>>(),
+            "isr": view.isr,
+            "witness": view.witness,
+            "start_offset": view.start_offset,
+            "high_watermark": view.high_watermark,
+            "end_offset": view.end_offset,
+        })
+    };
+    json!({
+        "name": topic.name,
+        "replication_factor": topic.replication_factor,
+        "config": topic.config,
+        "partitions": topic.partitions.iter().map(partition).collect::<Vec<_>>(),
+    })
+}
+
+fn describe_table(topics: &[TopicView]) -> String {
+    let section = |topic: &TopicView| {
+        let config = topic
+            .config
+            .iter()
+            .map(|(key, value)| format!("{key}={value}"));
+        format!(
+            "{}  {} partitions  replication factor {}  {}\n{}",
+            topic.name,
+            topic.partitions.len(),
+            topic.replication_factor,
+            output::list(config),
+            partitions_table(&topic.partitions)
+        )
+    };
+    topics.iter().map(section).collect::<Vec<_>>().join("\n")
+}
+
+/// What there is to say about partitions, one line each.
+pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
+    let row = |view: &PartitionView| {
+        let lags = view.replicas.iter().map(|one| {
+            format!(
+                "{}:{}",
+                one.broker,
+                one.lag
+                    .map_or_else(|| "?".to_owned(), |lag| lag.to_string())
+            )
+        });
+        vec![
+            view.partition.to_string(),
+            output::or_dash(view.leader),
+            view.epoch.to_string(),
+            output::list(view.replicas.iter().map(|one| one.broker)),
+            output::list(&view.isr),
+            output::or_dash(view.witness),
+            output::or_dash(view.start_offset),
+            output::or_dash(view.high_watermark),
+            output::list(lags),
+        ]
+    };
+    let heading = [
+        "PARTITION",
+        "LEADER",
+        "EPOCH",
+        "REPLICAS",
+        "ISR",
+        "WITNESS",
+        "START",
+        "HIGH-WATERMARK",
+        "LAG",
+    ];
+    output::table(&heading, &partitions.iter().map(row).collect::<Vec<_>>())
+}
