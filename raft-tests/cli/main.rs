@@ -1,0 +1,10 @@
+//! The command line where no cluster is needed, or where it brings its own: wrong usage, configuration, `fsck`, `dev`, `demo`.
+
+// A test that cannot go on ends with a text that says why.
+#![allow(clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod alone;
+mod whole;
