@@ -26,6 +26,16 @@ fn scratch() -> tempfile::TempDir {
         .unwrap()
 }
 
+/// `SEED` of the environment or a new one, printed for the replay.
+fn random_or_given_seed() -> u64 {
+    let seed = std::env::var("SEED").map_or_else(
+        |_| logboom::runtime::random_seed(),
+        |text| text.parse().unwrap(),
+    );
+    println!("replay: SEED={seed}");
+    seed
+}
+
 fn files(directory: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     for entry in fs::read_dir(directory).unwrap() {
@@ -216,11 +226,7 @@ async fn flip_many(
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_flipped_bit_in_a_brokers_directory_is_seen_or_harmless() {
     const FLIPS: u32 = 500;
-    let seed = std::env::var("SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    let seed = seed.unwrap_or_else(logboom::runtime::random_seed);
-    println!("replay: SEED={seed}");
+    let seed = random_or_given_seed();
     let mut cluster = brokers().start().await;
     let client = cluster.client().await;
     create(&client, "rot-three", 2, 3).await;
@@ -307,11 +313,12 @@ async fn a_flipped_bit_in_a_brokers_directory_is_seen_or_harmless() {
 
 /// Goal: a broker with a rotten bit refuses with exit code 1 and one clear line, or keeps the damaged replica out and says so, or serves
 /// right; it never spreads it, and the other replicas keep everything. Method: under load, a broker killed, a bit of its journal or
-/// catalog flipped, started, and after a while stopped and the bit put right; in the end everything is read back.
+/// catalog flipped, started, and after a while stopped and the bit put right; in the end everything is read back. `FLIPS` sets the rounds.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_with_a_flipped_bit_refuses_or_serves_right() {
-    const ROUNDS: u32 = 7;
-    let mut random = StdRng::seed_from_u64(logboom::runtime::random_seed());
+    let rounds: u32 = std::env::var("FLIPS").map_or(7, |text| text.parse().unwrap());
+    let seed = random_or_given_seed();
+    let mut random = StdRng::seed_from_u64(seed);
     let mut cluster = brokers().start().await;
     let client = cluster.client().await;
     create(&client, "rot", 3, 3).await;
@@ -322,12 +329,12 @@ async fn a_broker_with_a_flipped_bit_refuses_or_serves_right() {
     let workload = Workload::start(&client, config);
     workload.wait_acked(300, HEAL).await;
     let (mut refused, mut kept_out, mut harmless) = (0, 0, 0);
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         let victim = round % 3 + 1;
         cluster.kill_9(victim).await;
-        let part = if round == 3 { "catalog" } else { "journal" };
+        let part = if round % 4 == 3 { "catalog" } else { "journal" };
         let root = cluster.data_dir(victim).join(part);
-        let (file, bit) = pick(&mut random, &root, true, |_| true);
+        let (file, bit) = pick(&mut random, &root, round % 8 != 0, |_| true);
         let what = format!("bit {bit} of {part}/{} of broker {victim}", file.display());
         flip(&root.join(&file), bit);
         let before = cluster.log(victim).len();
@@ -376,7 +383,7 @@ async fn a_broker_with_a_flipped_bit_refuses_or_serves_right() {
     let history = workload.stop().await;
     let verdict = verify(&client, "rot", 3, &history).await;
     println!(
-        "{ROUNDS} flips: {refused} refused to start, {kept_out} kept a replica out, {harmless} harmless: {verdict}"
+        "{rounds} flips: {refused} refused to start, {kept_out} kept a replica out, {harmless} harmless: {verdict}"
     );
     verdict.assert_good(500);
 }
