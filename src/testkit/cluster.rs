@@ -1,15 +1,12 @@
-//! A whole cluster in one process, for an embedder's own tests (feature `testkit`).
+//! A whole cluster in one process, for an embedder's own tests.
 //!
-//! Real brokers, real sockets on loopback, real files in a directory of the caller's; only the processes are missing. A
-//! killed broker's tasks, sockets and store are gone without a goodbye; what it had not made durable stays in its files as
-//! after a SIGKILL, so power loss is not covered by this.
+//! Owns the brokers it started. Real brokers, real sockets on loopback, real files in a directory of the caller's; only the
+//! processes are missing. A killed broker's tasks, sockets and store are gone without a goodbye; what it had not made
+//! durable stays in its files as after a SIGKILL, so power loss is not covered by this.
 
 use std::collections::BTreeMap;
 use std::net::TcpListener;
 use std::path::PathBuf;
-use std::time::Duration;
-
-use tokio::time::Instant;
 
 use crate::broker::Broker;
 use crate::client::Client;
@@ -113,24 +110,6 @@ impl LocalCluster {
         for broker in std::mem::take(&mut self.running).into_values() {
             broker.shutdown().await;
         }
-    }
-}
-
-/// Waits until `condition` holds, looking again every few ms; false when it does not within `deadline`.
-pub async fn eventually<F, C>(deadline: Duration, mut condition: C) -> bool
-where
-    F: Future<Output = bool>,
-    C: FnMut() -> F,
-{
-    let end = Instant::now() + deadline;
-    loop {
-        if condition().await {
-            return true;
-        }
-        if Instant::now() >= end {
-            return false;
-        }
-        tokio::time::sleep(Duration::from_millis(5)).await;
     }
 }
 
