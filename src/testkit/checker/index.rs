@@ -58,7 +58,7 @@ impl Log<'_> {
     /// reading.
     pub(super) fn covers(&self, offset: u64, known_ns: u64) -> bool {
         self.last.is_some_and(|last| {
-            offset >= last.log_start && (offset < last.end || known_ns <= last.began_ns)
+            offset >= last.log_start && (offset < last.end || known_ns < last.began_ns)
         })
     }
 
@@ -101,15 +101,29 @@ pub(super) fn count(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
 }
 
+/// No offset is this high, so that the few added to one do not overflow.
+const OFFSET_MAX: u64 = 1 << 62;
+
+fn offsets(records: &[(u64, u64)], others: [u64; 2]) -> bool {
+    let read = records.iter().map(|(offset, _)| *offset);
+    read.chain(others).all(|offset| offset < OFFSET_MAX)
+}
+
 /// Whether the answer can be one to the call.
 fn fits(operation: &Operation) -> bool {
     let fits = match (&operation.call, &operation.outcome) {
-        (_, Outcome::Failed { .. } | Outcome::Unknown { .. })
-        | (Call::Fetch { .. }, Outcome::Fetched { .. })
-        | (Call::LinearizableEnd | Call::End, Outcome::End { .. }) => true,
-        (Call::Append { values, .. }, Outcome::Appended { base, .. }) => {
-            base.checked_add(count(values.len())).is_some()
-        }
+        (_, Outcome::Failed { .. } | Outcome::Unknown { .. }) => true,
+        (
+            Call::Fetch { from },
+            Outcome::Fetched {
+                log_start,
+                high_watermark,
+                records,
+                ..
+            },
+        ) => *from < OFFSET_MAX && offsets(records, [*log_start, *high_watermark]),
+        (Call::LinearizableEnd | Call::End, Outcome::End { end, .. }) => *end < OFFSET_MAX,
+        (Call::Append { .. }, Outcome::Appended { base, .. }) => *base < OFFSET_MAX,
         _ => false,
     };
     let answered = match operation.completed_ns {
@@ -139,6 +153,18 @@ impl<'a> Index<'a> {
         }
         for (number, operation) in (0_u32..).zip(&history.operations) {
             index.take(number, operation);
+        }
+        let logs = history.logs.iter();
+        let logs = logs.map(|log| (log.partition, &log.records, [log.log_start, log.end]));
+        let dumps = history.dumps.iter();
+        let dumps = dumps.map(|dump| {
+            let range = [dump.log_start, dump.high_watermark];
+            (dump.partition, &dump.records, range)
+        });
+        for (number, records, range) in logs.chain(dumps) {
+            if !offsets(records, range) {
+                index.unusable(format!("an offset of partition {number} is beyond any log"));
+            }
         }
         for log in &mut index.logs {
             let Some(last) = log.last else { continue };
