@@ -35,6 +35,7 @@ mod reads;
 mod replicas;
 mod report;
 mod sweep;
+mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -2,9 +2,10 @@
 //!
 //! Owns nothing but what it derives from the history; every step is linear in it. Judges only whether the history can be judged.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use super::values::Values;
 use crate::testkit::history::{AckLevel, Call, FinalLog, History, Operation, Outcome};
 
 /// Stands for "nowhere".
@@ -84,7 +85,7 @@ pub(super) struct Index<'a> {
     sends: Vec<Send>,
     /// Where an operation's values begin among the sends.
     first_send: Vec<u32>,
-    by_value: HashMap<u64, u32>,
+    values: Values,
     /// Why the history cannot be judged.
     pub(super) gaps: Vec<String>,
 }
@@ -142,7 +143,7 @@ impl<'a> Index<'a> {
             by_number: BTreeMap::new(),
             sends: Vec::new(),
             first_send: Vec::with_capacity(history.operations.len()),
-            by_value: HashMap::with_capacity(history.operations.len()),
+            values: Values::new(std::iter::empty()).0,
             gaps: Vec::new(),
         };
         let mut readings: Vec<&FinalLog> = history.logs.iter().collect();
@@ -153,6 +154,11 @@ impl<'a> Index<'a> {
         }
         for (number, operation) in (0_u32..).zip(&history.operations) {
             index.take(number, operation);
+        }
+        let (values, twice) = Values::new(index.sends.iter().map(|send| send.value));
+        index.values = values;
+        for value in twice {
+            index.unusable(format!("value {value} was sent twice"));
         }
         let logs = history.logs.iter();
         let logs = logs.map(|log| (log.partition, &log.records, [log.log_start, log.end]));
@@ -207,21 +213,11 @@ impl<'a> Index<'a> {
         let Call::Append { values, .. } = &operation.call else {
             return;
         };
-        for value in values {
-            let send = Send {
-                value: *value,
-                found: NOWHERE,
-                operation: number,
-            };
-            if self
-                .by_value
-                .insert(*value, narrow(self.sends.len()))
-                .is_some()
-            {
-                self.unusable(format!("value {value} was sent twice"));
-            }
-            self.sends.push(send);
-        }
+        self.sends.extend(values.iter().map(|value| Send {
+            value: *value,
+            found: NOWHERE,
+            operation: number,
+        }));
     }
 
     /// The first few reasons will do.
@@ -246,7 +242,7 @@ impl<'a> Index<'a> {
 
     /// The append that sent `value`.
     pub(super) fn send(&self, value: u64) -> Option<&Send> {
-        self.sends.get(wide(*self.by_value.get(&value)?))
+        self.sends.get(self.values.place(value)?)
     }
 
     /// The values that an append sent.
@@ -267,7 +263,7 @@ impl<'a> Index<'a> {
 
     /// Notes that `value` is found at `offset`; where it was found before, when it was.
     pub(super) fn set_found(&mut self, value: u64, offset: u64) -> Option<u64> {
-        let place = wide(*self.by_value.get(&value)?);
+        let place = self.values.place(value)?;
         let send = self.sends.get_mut(place)?;
         let before = send.found();
         if before.is_none() {
