@@ -4,8 +4,9 @@
 //! Runs in a simulation as it is: time and tasks are tokio's, and every choice comes from the seed.
 //!
 //! The sessions of a workload are numbered from `first_session` on: first the producers, then the plain appenders, the readers, the
-//! askers of end offsets.
+//! askers of end offsets, and the fencers, which have two numbers each.
 
+mod fence;
 mod read;
 mod value;
 mod write;
@@ -42,6 +43,8 @@ pub struct WorkloadConfig {
     pub readers: u32,
     /// Clients that ask for end offsets, linearizable and plain ones.
     pub end_askers: u32,
+    /// Clients that go on under higher and higher producer epochs, while late batches of the epoch before arrive; two sessions each.
+    pub fencers: u32,
     /// Bytes of each value; at least [`VALUE_BYTES_MIN`] are used.
     pub record_bytes: usize,
     /// Each session's wait between two calls, on average.
@@ -57,7 +60,7 @@ pub struct WorkloadConfig {
 }
 
 impl WorkloadConfig {
-    /// Two producers, a plain appender, two readers, an asker; values of 100 bytes, about one call per session every 2 ms.
+    /// Two producers, a plain appender, two readers, an asker, a fencer; values of 100 bytes, about one call per session every 2 ms.
     pub fn new(topic: &str, partitions: u32) -> Self {
         Self {
             topic: topic.to_owned(),
@@ -67,6 +70,7 @@ impl WorkloadConfig {
             plain_appenders: 1,
             readers: 2,
             end_askers: 1,
+            fencers: 1,
             record_bytes: 100,
             pause: Duration::from_millis(2),
             records_max: 1_000_000,
@@ -131,6 +135,11 @@ impl Workload {
         }
         for _ in 0..config.end_askers {
             tasks.spawn_graceful(read::ask(session()));
+        }
+        for _ in 0..config.fencers {
+            tasks.spawn_graceful(fence::fence(session()));
+            // The late batches' number.
+            session();
         }
         Ok(Self { tasks })
     }
