@@ -251,6 +251,32 @@ fn an_earlier_reading_is_a_part_of_the_log() {
             Some(kind) => assert!(report.has(kind), "{kind}\n{report}"),
         }
     }
+    // At the first offset that both have, whichever begins further above; and nothing is missed below.
+    let first = || {
+        vec![
+            operation(0, 0, 1, append(&[1]), unknown()),
+            operation(1, 0, 1, append(&[2]), unknown()),
+            operation(2, 0, 1, append(&[3]), unknown()),
+            operation(3, 20, 21, Call::End, end(0)),
+        ]
+    };
+    let from = |start: u64, began_ns: u64, values: &[u64]| FinalLog {
+        log_start: start,
+        end: start + values.len() as u64,
+        records: (start..).zip(values.iter().copied()).collect(),
+        ..log(began_ns, &[])
+    };
+    for (earlier, last, is_late) in [
+        (from(0, 5, &[3]), from(0, 9, &[1]), true),
+        (from(1, 5, &[3]), from(1, 9, &[2]), true),
+        (from(0, 5, &[1, 3]), from(1, 9, &[2]), true),
+        (from(0, 5, &[1, 2]), from(1, 9, &[2]), false),
+        (from(0, 5, &[1, 2]), from(0, 9, &[1, 2, 3]), false),
+    ] {
+        let report = judged(first(), vec![earlier, last]);
+        assert_eq!(report.has(Kind::LateUnknown), is_late, "{report}");
+        assert_eq!(report.passed(), !is_late, "{report}");
+    }
     // The earlier one is the one that began earlier, wherever it stands.
     let report = judged(sent(), vec![log(5, &[1, 4]), last()]);
     assert!(report.passed(), "{report}");

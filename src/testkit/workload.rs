@@ -5,6 +5,29 @@
 //!
 //! The sessions of a workload are numbered from `first_session` on: first the producers, then the plain appenders, the readers, the
 //! askers of end offsets, and the fencers, which have two numbers each.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use logboom::client::Client;
+//! use logboom::testkit::checker::{Coverage, check};
+//! use logboom::testkit::recorder::Recorder;
+//! use logboom::testkit::workload::{Workload, WorkloadConfig, read_final_logs};
+//!
+//! # async fn run(client: Client) -> Result<(), Box<dyn std::error::Error>> {
+//! let recorder = Recorder::real();
+//! let workload = Workload::start(&client, &recorder, WorkloadConfig::new("orders", 3))?;
+//! let fault = recorder.fault_began("kill", "broker 1");
+//! // … hurt the cluster, and heal it
+//! recorder.fault_ended(fault);
+//! workload.stop().await;
+//! let logs = read_final_logs(&client, &recorder, "orders", 3, Duration::from_secs(60)).await?;
+//! let mut history = recorder.finish();
+//! history.logs = logs;
+//! let report = check(&history, &Coverage { operations_min: 1_000, ..Coverage::default() });
+//! assert!(report.passed(), "{report}");
+//! # Ok(())
+//! # }
+//! ```
 
 mod fence;
 mod read;
