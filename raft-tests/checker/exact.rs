@@ -156,6 +156,7 @@ fn one_time_has_no_order() {
     for kind in [Kind::RealTimeInversion, Kind::StaleEnd, Kind::FromTheFuture] {
         assert!(later.has(kind), "{kind}\n{later}");
     }
+    assert!(!later.has(Kind::LateUnknown), "{later}");
 }
 
 /// Goal: what may have come behind the end of the log's reading is not missed, what cannot is. Method: answers before, at and after

@@ -285,7 +285,7 @@ pub(super) fn check_epochs(index: &Index<'_>, notes: &mut Notes) {
                             text,
                             [index.show(by), index.show(number), log.show(*offset)],
                         )
-                    })
+                    });
                 }
                 _ => leader = Some((epoch, number)),
             }
