@@ -62,10 +62,24 @@ fn too_little_is_invalid() {
     assert_eq!(nothing.verdict, Verdict::Invalid);
 }
 
+/// Records and watermark of a read.
+fn read(history: &mut History) -> (&mut Vec<(u64, u64)>, &mut u64) {
+    let reads = history.operations.iter_mut();
+    let mut reads = reads.filter_map(|one| match &mut one.outcome {
+        Outcome::Fetched {
+            records,
+            high_watermark,
+            ..
+        } => Some((records, high_watermark)),
+        _ => None,
+    });
+    reads.next().unwrap()
+}
+
 /// Goal: a history that is not whole, or contradicts itself, is invalid. Method: one defect at a time.
 #[test]
 fn what_cannot_be_judged_is_invalid() {
-    let defects: [Change<History>; 10] = [
+    let defects: [Change<History>; 13] = [
         ("not read at the end", |history| {
             history.logs.retain(|log| log.partition != 1);
             // Replicas of a log that nobody read have nothing to be held against.
@@ -119,6 +133,17 @@ fn what_cannot_be_judged_is_invalid() {
                     break;
                 }
             }
+        }),
+        ("contradicts itself", |history| {
+            *read(history).1 = u64::MAX;
+        }),
+        ("contradicts itself", |history| {
+            read(history).0.push((u64::MAX, 0));
+        }),
+        ("contradicts itself", |history| {
+            let reads = history.operations.iter_mut();
+            let mut reads = reads.filter(|one| matches!(one.outcome, Outcome::Fetched { .. }));
+            reads.next().unwrap().call = Call::Fetch { from: u64::MAX };
         }),
         ("beyond any log", |history| {
             history.logs[0].records[0].0 = u64::MAX;
