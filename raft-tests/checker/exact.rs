@@ -98,6 +98,7 @@ fn figures_are_exact() {
             ),
             operation(4, 6_000_000, 6_000_000, Call::LinearizableEnd, end(5)),
             operation(4, 6_000_000, 6_000_000, Call::End, end(5)),
+            operation(4, 6_000_000, 6_000_000, Call::End, end(5)),
         ],
         logs: vec![log(7_000_000, &[1, 2, 4, 5, 7])],
         ..History::default()
@@ -120,7 +121,7 @@ fn figures_are_exact() {
             figures.failed,
             figures.unknown
         ],
-        [8, 5, 1, 2]
+        [9, 6, 1, 2]
     );
     assert_eq!(
         [
