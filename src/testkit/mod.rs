@@ -1,12 +1,17 @@
 //! What a test of a replicated log needs (feature `testkit`): a cluster that can be hurt, and a record of what happened.
 //!
 //! - [`LocalCluster`]: several brokers in this process.
+//! - [`Proxy`] and [`Links`]: a network between real brokers that can be cut, delayed, throttled and reset, link by link.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
 
 mod cluster;
 pub mod history;
+mod links;
+mod proxy;
 
 pub use cluster::LocalCluster;
+pub use links::{AfterCut, Links, Party};
+pub use proxy::Proxy;
 
 use std::time::Duration;
 
