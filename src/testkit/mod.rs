@@ -9,7 +9,7 @@ pub mod history;
 mod links;
 mod proxy;
 
-pub use cluster::LocalCluster;
+pub use cluster::{LocalCluster, NotReached, wait_until};
 pub use links::{AfterCut, Links, Party};
 pub use proxy::Proxy;
 

@@ -16,6 +16,7 @@ use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::Poll;
 use std::time::Duration;
@@ -23,7 +24,7 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::io::AsyncReadExt;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
-use tokio::sync::{Notify, Semaphore};
+use tokio::sync::{Notify, Semaphore, watch};
 
 use self::pump::Sides;
 use super::links::{Link, Links, Party};
@@ -91,6 +92,8 @@ impl Proxy {
             upstream: Mutex::new(upstream),
             listener: Mutex::new(None),
             changed: Notify::new(),
+            looks_wanted: AtomicU64::new(0),
+            looks: watch::channel(0).0,
         });
         let tasks = Tasks::new();
         gate.look().await;
@@ -106,7 +109,11 @@ impl Proxy {
     /// The broker listens at `upstream` from now on; `None`: nowhere, and connections are refused. Connections that exist go on.
     pub async fn set_upstream(&self, upstream: Option<SocketAddr>) {
         *lock(&self.gate.upstream) = upstream;
-        self.gate.look().await;
+        let wanted = self.gate.looks_wanted.fetch_add(1, Ordering::AcqRel) + 1;
+        self.gate.changed.notify_one();
+        // Done by the proxy's own task: sockets belong to the runtime that the proxy was started in.
+        let mut looks = self.gate.looks.subscribe();
+        looks.wait_for(|looks| *looks >= wanted).await.ok(); // the gate holds the sender
     }
 }
 
@@ -140,6 +147,9 @@ struct Gate {
     upstream: Mutex<Option<SocketAddr>>,
     listener: Mutex<Option<TcpListener>>,
     changed: Notify,
+    /// Looks that were asked for, and those that were taken.
+    looks_wanted: AtomicU64,
+    looks: watch::Sender<u64>,
 }
 
 impl Gate {
@@ -188,6 +198,15 @@ impl Gate {
         }
     }
 
+    /// Looks, when that was asked for.
+    async fn take_looks(&self) {
+        let wanted = self.looks_wanted.load(Ordering::Acquire);
+        if *self.looks.borrow() < wanted {
+            self.look().await;
+            self.looks.send_replace(wanted);
+        }
+    }
+
     async fn dial(&self) -> io::Result<TcpStream> {
         let Some(upstream) = self.upstream() else {
             return Err(io::ErrorKind::ConnectionRefused.into());
@@ -214,7 +233,10 @@ async fn accept(gate: Arc<Gate>, links: Links, tasks: Tasks) {
         let wanted = !gate.is_open() && gate.upstream().is_some();
         let accepted = tokio::select! {
             biased;
-            () = gate.changed.notified() => continue,
+            () = gate.changed.notified() => {
+                gate.take_looks().await;
+                continue;
+            }
             accepted = gate.accepted() => accepted,
             () = tokio::time::sleep(LOOK_AGAIN), if wanted => {
                 gate.look().await;
