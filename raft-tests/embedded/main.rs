@@ -1,4 +1,6 @@
-//! The library as an embedder uses it: several brokers in one process, killed and restarted.
+//! The library as an embedder uses it: several brokers in one process, killed, paused, cut off and restarted.
+
+mod faults;
 
 use std::time::Duration;
 

@@ -7,6 +7,7 @@
 //! A killed broker is gone without a goodbye; what it had not made durable stays in its files as after a SIGKILL. Loss of power
 //! is not covered by this.
 
+mod faults;
 mod host;
 mod rim;
 mod wait;
@@ -17,10 +18,14 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 
+use self::faults::Faults;
 use self::host::Host;
 use self::rim::Rim;
 pub use self::wait::{NotReached, wait_until};
 use super::Links;
+use super::checker::{Coverage, Report, check};
+use super::recorder::Recorder;
+use super::workload::read_final_logs;
 use crate::broker::Broker;
 use crate::client::{Client, ClientConfig};
 use crate::config::BrokerConfig;
@@ -66,6 +71,7 @@ pub struct LocalCluster {
     rim: Rim,
     configs: BTreeMap<BrokerId, BrokerConfig>,
     links: Links,
+    faults: Faults,
     patience: Duration,
 }
 
@@ -114,6 +120,7 @@ impl LocalCluster {
             running: BTreeMap::new(),
             rim,
             links,
+            faults: Faults::default(),
             patience: PATIENCE,
         };
         for id in cluster.brokers() {
@@ -164,11 +171,40 @@ impl LocalCluster {
         Client::connect(&self.bootstrap(), ClientConfig::default()).await
     }
 
+    /// A record of what happens from now on: give it to a [`Workload`](super::workload::Workload). What the methods here break is
+    /// noted in it by itself, as kind `kill`, `stop`, `pause` or `partition`; what is done by [`LocalCluster::links`] is not.
+    /// Calling this again begins another one.
+    pub fn record(&self) -> Recorder {
+        let recorder = Recorder::real();
+        self.faults.record(recorder.clone());
+        recorder
+    }
+
+    /// Reads the whole topic, with its healed leaders, and judges what `recorder` holds: that nothing acknowledged is missing,
+    /// nothing is there twice, and all the rest of [`check`]. The workload must have been stopped. An error when the topic
+    /// cannot be read in the cluster's patience.
+    pub async fn judge(
+        &self,
+        recorder: Recorder,
+        topic: &str,
+        coverage: &Coverage,
+    ) -> Result<Report, Error> {
+        let client = self.client().await?;
+        let partitions = client.topic(topic)?.partitions().await?.len();
+        let partitions = u32::try_from(partitions).unwrap_or(u32::MAX);
+        let logs = read_final_logs(&client, &recorder, topic, partitions, self.patience).await?;
+        let mut history = recorder.finish();
+        history.logs = logs;
+        Ok(check(&history, coverage))
+    }
+
     /// Stops broker `id` without a goodbye, at once: nothing that it had under way becomes durable or is answered after this
     /// began. Nothing happens when it does not run.
     pub async fn kill(&mut self, id: BrokerId) {
         if let Some(host) = self.running.remove(&id) {
             // Whoever may get its port next is nobody the cluster should meet.
+            self.faults.ended("pause", &name(id));
+            self.faults.began("kill", name(id));
             self.rim.point(id, None).await;
             host.crash().await;
         }
@@ -177,6 +213,8 @@ impl LocalCluster {
     /// Stops broker `id` in order. Nothing happens when it does not run.
     pub async fn stop(&mut self, id: BrokerId) {
         if let Some(host) = self.running.remove(&id) {
+            self.faults.ended("pause", &name(id));
+            self.faults.began("stop", name(id));
             host.stop().await;
             self.rim.point(id, None).await;
         }
@@ -193,6 +231,9 @@ impl LocalCluster {
         let host = Host::start(config.clone()).await?;
         self.rim.point(id, Some(host.broker().local_addr())).await;
         self.running.insert(id, host);
+        for kind in ["kill", "stop"] {
+            self.faults.ended(kind, &name(id));
+        }
         Ok(())
     }
 
@@ -200,6 +241,7 @@ impl LocalCluster {
     /// [`LocalCluster::resume`]. Only what was handed to the disk before may still become durable. Returns when it holds.
     pub async fn pause(&mut self, id: BrokerId) {
         if let Some(host) = self.running.get_mut(&id) {
+            self.faults.began("pause", name(id));
             host.pause().await;
         }
     }
@@ -208,6 +250,7 @@ impl LocalCluster {
     pub fn resume(&mut self, id: BrokerId) {
         if let Some(host) = self.running.get_mut(&id) {
             host.resume();
+            self.faults.ended("pause", &name(id));
         }
     }
 
@@ -218,22 +261,28 @@ impl LocalCluster {
 
     /// Cuts the link between two brokers, both ways: silence, no connection is closed.
     pub fn cut(&self, one: BrokerId, other: BrokerId) {
+        self.faults
+            .began("partition", format!("between {one} and {other}"));
         self.links.cut_both(one, other);
     }
 
     /// Nothing sent by `from` reaches `to` any more; the other way goes on.
     pub fn cut_one_way(&self, from: BrokerId, to: BrokerId) {
+        self.faults
+            .began("partition", format!("from {from} to {to}"));
         self.links.cut(from, to);
     }
 
     /// Cuts broker `id` off from all other brokers. Clients still reach it; see [`Links::isolate_from_all`].
     pub fn isolate(&self, id: BrokerId) {
+        self.faults.began("partition", format!("around {id}"));
         self.links.isolate(id);
     }
 
     /// Heals the whole network. Paused brokers stay paused.
     pub fn heal(&self) {
         self.links.heal_all();
+        self.faults.all_ended("partition");
     }
 
     /// Waits until a broker leads the partition and says who: one that clients reach and that a majority follows now, so a leader
@@ -243,11 +292,10 @@ impl LocalCluster {
         topic: &str,
         partition: u32,
     ) -> Result<BrokerId, NotReached> {
-        let what = format!("a leader of {topic}-{partition}");
-        let leader = wait_until(self.patience, &what, async || {
-            wait::leader(self, topic, partition).await
-        });
-        leader.await.map(|leader| leader.broker)
+        let leader = wait::leader(self, topic, partition, self.patience).await?;
+        let (epoch, broker) = (leader.epoch.0, leader.broker);
+        self.faults.leader_seen(partition, epoch, broker.0);
+        Ok(broker)
     }
 
     /// Waits until every partition of `topic` has a leader that has all replicas in sync.
@@ -264,4 +312,8 @@ impl LocalCluster {
         let running = std::mem::take(&mut self.running);
         join_all(running.into_values().map(Host::stop)).await;
     }
+}
+
+fn name(id: BrokerId) -> String {
+    format!("broker {id}")
 }

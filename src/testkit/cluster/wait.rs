@@ -2,10 +2,13 @@
 //!
 //! Owns nothing. Asks brokers as a client does, through the proxies: what a paused or cut-off broker believes does not count.
 
+use std::collections::BTreeMap;
 use std::fmt::Display;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::time::Instant;
 
 use super::LocalCluster;
@@ -16,7 +19,7 @@ use crate::types::{BrokerId, Error, LeaderEpoch, PartitionId, TopicName, TopicPa
 
 /// Between two looks at a condition.
 const LOOK: Duration = Duration::from_millis(10);
-/// Longest one broker is waited for when all are asked.
+/// Longest that one answer of one broker is waited for.
 const ASK_TIMEOUT: Duration = Duration::from_millis(1_000);
 
 /// Something did not come about in time.
@@ -76,54 +79,90 @@ pub(super) struct Leader {
     pub(super) epoch: LeaderEpoch,
 }
 
-/// The broker that answers a linearizable question about the partition itself, without passing it on. Others that believe that
-/// they lead do not get a quorum's answer.
+/// Waits for a broker that answers a linearizable question about the partition itself, without passing it on. Others that believe
+/// that they lead do not get a quorum's answer. Each broker is asked in a row of its own: one that hangs holds up nobody.
 pub(super) async fn leader(
     cluster: &LocalCluster,
     topic: &str,
     partition: u32,
-) -> Result<Leader, String> {
-    let topic = TopicName::new(topic).map_err(|error| error.to_string())?;
+    within: Duration,
+) -> Result<Leader, NotReached> {
+    let what = format!("a leader of {topic}-{partition}");
+    let not_reached = |last: String| NotReached {
+        what: what.clone(),
+        within,
+        last,
+    };
+    let topic = TopicName::new(topic).map_err(|error| not_reached(error.to_string()))?;
     let partition = TopicPartition {
         topic,
         partition: PartitionId(partition),
     };
     let tasks = Tasks::new();
-    let asked = cluster.addresses().map(|(broker, address)| {
-        let (partition, tasks) = (partition.clone(), &tasks);
-        async move { (broker, ask(&address, partition, tasks).await) }
-    });
-    let answers = join_all(asked).await;
+    let refusals: Mutex<BTreeMap<BrokerId, String>> = Mutex::default();
+    let mut rows: FuturesUnordered<_> = cluster
+        .addresses()
+        .map(|(broker, address)| {
+            let refusals = &refusals;
+            let note = move |seen: String| {
+                let mut refusals = refusals.lock().unwrap_or_else(PoisonError::into_inner);
+                refusals.insert(broker, seen);
+            };
+            ask_until_led(broker, address, &partition, &tasks, note)
+        })
+        .collect();
+    let found = tokio::time::timeout(within, rows.next()).await;
+    drop(rows);
     tasks.shutdown().await;
-    let mut newest: Option<Leader> = None;
-    let mut refusals = Vec::new();
-    for (broker, answer) in answers {
-        match answer {
-            Ok(epoch) if newest.is_none_or(|known| known.epoch < epoch) => {
-                newest = Some(Leader { broker, epoch });
-            }
-            Ok(_) => {}
-            Err(error) => refusals.push(format!("broker {broker}: {error}")),
-        }
+    if let Ok(Some(leader)) = found {
+        return Ok(leader);
     }
-    newest.ok_or_else(|| refusals.join("; "))
+    let refusals = refusals
+        .into_inner()
+        .unwrap_or_else(PoisonError::into_inner);
+    let said = refusals
+        .iter()
+        .map(|(broker, seen)| format!("broker {broker}: {seen}"));
+    Err(not_reached(said.collect::<Vec<_>>().join("; ")))
 }
 
-async fn ask(
-    address: &str,
-    partition: TopicPartition,
+async fn ask_until_led(
+    broker: BrokerId,
+    address: String,
+    partition: &TopicPartition,
     tasks: &Tasks,
-) -> Result<LeaderEpoch, Error> {
+    note: impl Fn(String),
+) -> Leader {
     let config = NetConfig {
         handshake_timeout: ASK_TIMEOUT,
         ..NetConfig::default()
     };
-    let connection = Connection::open(address, &config, tasks).await?;
+    let mut open = None;
+    loop {
+        let connection = match open.take() {
+            Some(connection) => Ok(connection),
+            None => Connection::open(&address, &config, tasks).await,
+        };
+        match connection {
+            Ok(connection) => match ask(&connection, partition).await {
+                Ok(epoch) => return Leader { broker, epoch },
+                Err(error) => {
+                    note(error.to_string());
+                    open = Some(connection).filter(|open| !open.is_closed());
+                }
+            },
+            Err(error) => note(Error::from(error).to_string()),
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn ask(connection: &Connection, partition: &TopicPartition) -> Result<LeaderEpoch, Error> {
     let call = Call {
         timeout_ms: u32::try_from(ASK_TIMEOUT.as_millis()).unwrap_or(u32::MAX),
         forward: false,
         request: Request::FindOffset {
-            partition,
+            partition: partition.clone(),
             spec: OffsetSpec::LinearizableEnd,
         },
     };
@@ -149,8 +188,8 @@ pub(super) async fn in_sync(cluster: &LocalCluster, topic: &str) -> Result<(), S
     let mut wrong = Vec::new();
     for view in partitions {
         let number = view.partition.0;
-        match leader(cluster, topic, number).await {
-            Err(reason) => wrong.push(format!("partition {number} is not led: {reason}")),
+        match leader(cluster, topic, number, ASK_TIMEOUT).await {
+            Err(error) => wrong.push(error.to_string()),
             Ok(leader) => wrong.extend(missing(cluster, &view, leader)),
         }
     }
