@@ -1,5 +1,9 @@
 //! The library as an embedder uses it: several brokers in one process, killed, paused, cut off and restarted.
 
+// Only `run` is called; its `main` is the example's.
+#[allow(dead_code)]
+#[path = "../../examples/failover_test.rs"]
+mod failover_test;
 mod faults;
 
 use std::time::Duration;
@@ -93,4 +97,12 @@ async fn example_of_the_document_holds() {
     let read = partition.read(Offset(0), 1 << 20).await.unwrap();
     assert_eq!(read.records.len(), 21);
     cluster.shutdown().await;
+}
+
+/// Goal: the example that embedders copy does what it says. Method: it is run.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn example_of_a_failover_test_passes() {
+    let report = failover_test::run().await.unwrap();
+    println!("{report}");
+    assert!(report.passed(), "{report}");
 }
