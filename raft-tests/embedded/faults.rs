@@ -16,6 +16,8 @@ use logboom::testkit::{LocalCluster, Party, wait_until};
 use logboom::types::{Acks, BrokerId, Error, Outcome, PartitionId, TopicName, TopicPartition};
 use tokio::time::Instant;
 
+use crate::log;
+
 const LONG: Duration = Duration::from_secs(60);
 const TOPIC: &str = "t";
 /// Rounds of the measurement.
@@ -32,12 +34,7 @@ struct Run {
 
 impl Run {
     async fn start() -> Self {
-        tracing_subscriber::fmt()
-            .with_test_writer()
-            .with_env_filter("warn,openraft=error")
-            .with_ansi(false)
-            .try_init()
-            .ok();
+        log::start();
         let directory = tempfile::tempdir().unwrap();
         // A leader that has lost its place does not get it back by the balancer while something is measured.
         let adjust = |config: &mut logboom::config::BrokerConfig| {
@@ -340,6 +337,40 @@ async fn a_leader_cut_off_from_its_peers_acknowledges_nothing() {
     }
     tasks.shutdown().await;
     run.judge(&[("partition", 1)], 1).await;
+}
+
+/// Goal: the leader of the controller's group that is cut off can record nothing, and does not fill its log with that. Method: it
+/// is isolated until others lead and its own patience with them is long over; the warnings about each broker are counted.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_controller_that_is_cut_off_warns_in_measure() {
+    let run = Run::start().await;
+    let controller = async || {
+        let status = run.client.admin().cluster_status().await;
+        status.ok().and_then(|status| status.controller)
+    };
+    let old = controller().await.unwrap();
+    let warned = |broker: BrokerId| {
+        let address = &run.cluster.broker(broker).unwrap().endpoint().address;
+        log::count(&["not heard any more", address.as_str()])
+    };
+    run.cluster.isolate(old);
+    // The others take it for dead, and say so once.
+    let dead = wait_until(LONG, "news of its death", async || match warned(old) {
+        0 => Err("nothing"),
+        _ => Ok(()),
+    });
+    dead.await.unwrap();
+    let now = controller().await;
+    assert!(now.is_some() && now != Some(old), "{now:?}");
+    let others = run.others(old);
+    tokio::time::sleep(Duration::from_secs(3)).await; // the fault goes on
+    let warnings: Vec<usize> = others.iter().map(|other| warned(*other)).collect();
+    println!(
+        "warnings about {old}: {}, about {others:?}: {warnings:?}",
+        warned(old)
+    );
+    assert!(warnings.iter().all(|count| *count <= 2), "{warnings:?}");
+    run.judge(&[("partition", 1)], 0).await;
 }
 
 /// Goal: one direction of one link being dead costs neither the leader nor its epoch while a majority can talk, and heals. Method:

@@ -5,6 +5,7 @@
 #[path = "../../examples/failover_test.rs"]
 mod failover_test;
 mod faults;
+mod log;
 
 use std::time::Duration;
 
@@ -26,12 +27,7 @@ fn record(text: &str) -> Record {
 /// everything acknowledged; broker 1 returns and leads again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn example_of_the_document_holds() {
-    tracing_subscriber::fmt()
-        .with_test_writer()
-        .with_env_filter("warn,logboom=debug,openraft=error")
-        .with_ansi(false)
-        .try_init()
-        .ok();
+    log::start();
     let directory = tempfile::tempdir().unwrap();
     let adjust = |config: &mut logboom::config::BrokerConfig| {
         config.preferred_leader_delay_ms = 100;

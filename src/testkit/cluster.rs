@@ -16,7 +16,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use futures_util::future::join_all;
+use futures_util::future::{join_all, try_join_all};
 
 use self::faults::Faults;
 use self::host::Host;
@@ -33,6 +33,8 @@ use crate::types::{BrokerId, Error};
 
 /// How long the waits of a cluster take at most, unless told otherwise.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// How long the brokers of a new cluster take to come together at most.
+const ADMITTED_WITHIN: Duration = Duration::from_secs(60);
 /// Brokers that are named to every other one.
 const BOOTSTRAP_MAX: usize = 5;
 
@@ -76,8 +78,8 @@ pub struct LocalCluster {
 }
 
 impl LocalCluster {
-    /// Starts brokers 1 to `brokers` with their data below `directory`, and waits until the cluster has admitted all of them.
-    /// `adjust` may change each configuration before its broker starts, but not who it is and where it is reached.
+    /// Starts brokers 1 to `brokers` with their data below `directory`, and waits until the cluster has admitted all of them, a
+    /// minute at most. `adjust` may change each configuration before its broker starts, but not who it is and where it is reached.
     pub async fn start(
         brokers: u32,
         directory: impl Into<PathBuf>,
@@ -126,14 +128,23 @@ impl LocalCluster {
         for id in cluster.brokers() {
             cluster.restart(id).await?;
         }
-        join_all(
-            cluster
-                .running
-                .values()
-                .map(|host| host.broker().wait_ready()),
-        )
-        .await;
+        cluster.all_ready().await?;
         Ok(cluster)
+    }
+
+    /// Waits until the cluster has admitted every broker.
+    async fn all_ready(&self) -> Result<(), Error> {
+        let ready = self.running.iter().map(|(id, host)| async move {
+            tokio::select! {
+                biased;
+                error = host.broker().wait_failed() => Err(error),
+                () = host.broker().wait_ready() => Ok(()),
+                () = tokio::time::sleep(ADMITTED_WITHIN) => Err(Error::Failed {
+                    reason: format!("the cluster has not admitted broker {id} within {ADMITTED_WITHIN:?}"),
+                }),
+            }
+        });
+        try_join_all(ready).await.map(|_| ())
     }
 
     /// Sets how long `wait_for_leader` and `wait_until_in_sync` wait at most; 30 s unless set.

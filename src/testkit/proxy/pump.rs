@@ -145,7 +145,7 @@ async fn discard(stream: &mut TcpStream) {
     while matches!(stream.read(&mut rest).await, Ok(1..)) {}
 }
 
-/// Bytes that may be written from `due` on; the source's end when there are none.
+/// Bytes that may be written from `due` on, and behind those before them; the source's end when there are none.
 struct Piece {
     due: Instant,
     bytes: BytesMut,
@@ -163,11 +163,9 @@ async fn pump(
     let mut queue = VecDeque::new();
     let mut queued = first.len();
     let mut ended = false;
-    let mut latest = Instant::now();
     if !first.is_empty() {
-        latest = link.due(latest);
         queue.push_back(Piece {
-            due: latest,
+            due: link.due(Instant::now()),
             bytes: first,
         });
     }
@@ -238,8 +236,10 @@ async fn pump(
                 };
                 ended = read == 0;
                 queued += read;
-                latest = latest.max(link.due(Instant::now()));
-                queue.push_back(Piece { due: latest, bytes: room.split() });
+                queue.push_back(Piece {
+                    due: link.due(Instant::now()),
+                    bytes: room.split(),
+                });
             }
         }
     }

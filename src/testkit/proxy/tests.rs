@@ -373,6 +373,8 @@ async fn a_half_open_link_takes_connections_and_hangs() {
     front.links.half_open(Party::Clients, ONE);
     let mut hangs = front.dial().await;
     hangs.write_all(b"anybody there?").await.unwrap();
+    let accepted = timeout(SILENCE, accept(&front.listener)).await;
+    assert!(accepted.is_err(), "{accepted:?}");
     assert_silent(&mut hangs).await;
     near.write_all(b"goes on").await.unwrap();
     assert_eq!(read(&mut far, 7).await, b"goes on");
