@@ -280,13 +280,15 @@ async fn carry(gate: &Gate, links: &Links, mut near: TcpStream) {
         return abort(near);
     }
     let mut dial = std::pin::pin!(gate.dial());
-    let dialed = match tokio::time::timeout(LOOK_TIMEOUT, &mut dial).await {
-        Ok(dialed) => dialed,
-        Err(_) => tokio::select! {
+    let soon = tokio::time::timeout(LOOK_TIMEOUT, &mut dial).await;
+    let dialed = if let Ok(dialed) = soon {
+        dialed
+    } else {
+        tokio::select! {
             biased;
             () = hung_up(&mut near, &mut first) => return,
             dialed = &mut dial => dialed,
-        },
+        }
     };
     match dialed {
         Ok(far) => {

@@ -20,7 +20,7 @@ use crate::types::{BrokerId, Error, LeaderEpoch, PartitionId, TopicName, TopicPa
 /// Between two looks at a condition.
 const LOOK: Duration = Duration::from_millis(10);
 /// Longest that one answer of one broker is waited for.
-const ASK_TIMEOUT: Duration = Duration::from_millis(1_000);
+const ASK_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Something did not come about in time.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -177,10 +177,8 @@ async fn pump(
             continue;
         }
         let now = Instant::now();
-        let next = match queue.front() {
-            Some(piece) => Some(piece.due.max(link.free_at(now))),
-            None => None,
-        };
+        let front = queue.front();
+        let next = front.map(|piece: &Piece| piece.due.max(link.free_at(now)));
         if let Some(Piece { bytes, .. }) = queue.front()
             && bytes.is_empty()
             && next.is_some_and(|due| due <= now)
