@@ -6,7 +6,12 @@
 //! `cargo bench --bench checker -- 1000000` (operations; a million when nothing is given; five runs, or RUNS=…)
 
 // A measurement talks to whoever runs it, and ends when it cannot go on.
-#![allow(clippy::print_stdout, clippy::panic, clippy::expect_used)]
+#![allow(
+    clippy::print_stdout,
+    clippy::panic,
+    clippy::expect_used,
+    clippy::indexing_slicing
+)]
 // A duration or a number of bytes as a figure in a table.
 #![allow(clippy::cast_precision_loss)]
 

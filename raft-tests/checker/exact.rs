@@ -156,6 +156,7 @@ fn one_time_has_no_order() {
     for kind in [Kind::RealTimeInversion, Kind::StaleEnd, Kind::FromTheFuture] {
         assert!(later.has(kind), "{kind}\n{later}");
     }
+    assert!(!later.has(Kind::LateUnknown), "{later}");
 }
 
 /// Goal: what may have come behind the end of the log's reading is not missed, what cannot is. Method: answers before, at and after
@@ -326,5 +327,75 @@ fn copies_are_counted_where_they_can_be() {
             ended_ns: None,
         });
         assert!(check(&history, &Coverage::default()).passed());
+    }
+}
+
+/// Goal: a log that is not whole is still looked up right: what it has is not taken for what it lacks. Method: a hole, and records out of
+/// order; nothing may be found but that.
+#[test]
+fn a_log_that_is_not_whole_is_looked_up_right() {
+    let sent = || {
+        vec![
+            operation(0, 0, 1, append(&[1]), at(0)),
+            operation(0, 2, 3, append(&[2]), at(1)),
+            operation(0, 4, 5, append(&[3]), at(2)),
+            operation(
+                1,
+                6,
+                7,
+                Call::Fetch { from: 0 },
+                read(&[(0, 1), (1, 2), (2, 3)], 3),
+            ),
+        ]
+    };
+    let only = |report: &Report, kinds: &[Kind]| {
+        let found: Vec<Kind> = report.figures.anomalies.keys().copied().collect();
+        assert_eq!(found, kinds, "{report}");
+    };
+    let mut hole = log(9, &[1, 2, 3]);
+    hole.records.remove(1);
+    only(
+        &judged(sent(), vec![hole]),
+        &[Kind::Lost, Kind::Gap, Kind::DirtyRead],
+    );
+    let mut turned = log(9, &[1, 2, 3]);
+    turned.records.swap(0, 2);
+    only(&judged(sent(), vec![turned]), &[Kind::Gap]);
+}
+
+/// Goal: a replica that reaches an offset and lacks it does not count as a copy. Method: the first, a middle and the last offset of a
+/// replica.
+#[test]
+fn a_replica_that_lacks_a_record_is_no_copy() {
+    for lacked in 0..3 {
+        let dump = |broker| ReplicaDump {
+            partition: 0,
+            broker,
+            log_start: 0,
+            high_watermark: 3,
+            records: (0..3).map(|offset| (offset, offset + 1)).collect(),
+        };
+        let mut lacking = dump(2);
+        lacking.records.retain(|(offset, _)| *offset != lacked);
+        let two = |base: u64| Outcome::Appended {
+            base,
+            epoch: 1,
+            copies: 2,
+        };
+        let history = History {
+            operations: (0..3)
+                .map(|offset| operation(0, offset, offset, append(&[offset + 1]), two(offset)))
+                .collect(),
+            logs: vec![log(9, &[1, 2, 3])],
+            dumps: vec![dump(1), lacking],
+            ..History::default()
+        };
+        let report = check(&history, &Coverage::default());
+        assert_eq!(report.figures.anomalies[&Kind::AckContract], 1, "{report}");
+        assert_eq!(
+            report.figures.anomalies[&Kind::ReplicaDivergence],
+            1,
+            "{report}"
+        );
     }
 }

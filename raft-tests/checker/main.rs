@@ -7,11 +7,12 @@
 //! - `verdicts`: what proves nothing is invalid. `wild`: any file is read or refused.
 //! - `live`: a cluster in this process, hurt while the workload runs.
 
-// Offsets are small here, and a helper that cannot go on ends the test.
+// Offsets are small here, counts are printed, and a helper that cannot go on ends the test.
 #![allow(
     clippy::cast_possible_truncation,
     clippy::indexing_slicing,
     clippy::panic,
+    clippy::print_stdout,
     clippy::unwrap_used,
     unreachable_pub
 )]

@@ -42,14 +42,17 @@ impl Append {
     }
 }
 
+/// A read: the offset asked for, the log start, the records.
+pub type Read = (u64, u64, Vec<(u64, u64)>);
+
 /// A read or a question, with its answer.
 #[derive(Debug, Clone)]
 pub struct Told {
     pub number: usize,
     pub partition: u32,
     pub linearizable: bool,
-    /// The offset asked for and the records, of a fetch.
-    pub fetch: Option<(u64, u64, Vec<(u64, u64)>)>,
+    /// Of a fetch.
+    pub fetch: Option<Read>,
     pub end: u64,
     pub epoch: u64,
     pub invoked: u64,

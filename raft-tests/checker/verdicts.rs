@@ -9,6 +9,9 @@ use rand::rngs::StdRng;
 
 use super::reference::{Shape, with_shape};
 
+/// What a change makes the report say, and the change.
+type Change<T> = (&'static str, fn(&mut T));
+
 fn lively() -> History {
     let shape = Shape {
         partitions: 2,
@@ -36,12 +39,12 @@ fn too_little_is_invalid() {
     };
     assert!(enough.unknown_min > 0 && enough.leader_changes_min > 0 && !enough.faults.is_empty());
     assert_eq!(check(&history, &enough).verdict, Verdict::Passed);
-    let more: [(&str, fn(&mut Coverage)); 5] = [
+    let more: [Change<Coverage>; 5] = [
         ("operations", |coverage| coverage.operations_min += 1),
         ("unknown", |coverage| coverage.unknown_min += 1),
         ("leader", |coverage| coverage.leader_changes_min += 1),
         ("kill", |coverage| {
-            *coverage.faults.get_mut("kill").unwrap() += 1
+            *coverage.faults.get_mut("kill").unwrap() += 1;
         }),
         ("pause", |coverage| {
             coverage.faults = BTreeMap::from([("pause".to_owned(), 1)]);
@@ -59,10 +62,24 @@ fn too_little_is_invalid() {
     assert_eq!(nothing.verdict, Verdict::Invalid);
 }
 
+/// Records and watermark of a read.
+fn read(history: &mut History) -> (&mut Vec<(u64, u64)>, &mut u64) {
+    let reads = history.operations.iter_mut();
+    let mut reads = reads.filter_map(|one| match &mut one.outcome {
+        Outcome::Fetched {
+            records,
+            high_watermark,
+            ..
+        } => Some((records, high_watermark)),
+        _ => None,
+    });
+    reads.next().unwrap()
+}
+
 /// Goal: a history that is not whole, or contradicts itself, is invalid. Method: one defect at a time.
 #[test]
 fn what_cannot_be_judged_is_invalid() {
-    let defects: [(&str, fn(&mut History)); 10] = [
+    let defects: [Change<History>; 13] = [
         ("not read at the end", |history| {
             history.logs.retain(|log| log.partition != 1);
             // Replicas of a log that nobody read have nothing to be held against.
@@ -117,8 +134,19 @@ fn what_cannot_be_judged_is_invalid() {
                 }
             }
         }),
+        ("contradicts itself", |history| {
+            *read(history).1 = u64::MAX;
+        }),
+        ("contradicts itself", |history| {
+            read(history).0.push((u64::MAX, 0));
+        }),
+        ("contradicts itself", |history| {
+            let reads = history.operations.iter_mut();
+            let mut reads = reads.filter(|one| matches!(one.outcome, Outcome::Fetched { .. }));
+            reads.next().unwrap().call = Call::Fetch { from: u64::MAX };
+        }),
         ("beyond any log", |history| {
-            history.logs[0].records[0].0 = u64::MAX
+            history.logs[0].records[0].0 = u64::MAX;
         }),
         ("beyond any log", |history| history.logs[0].end = u64::MAX),
         ("beyond any log", |history| {

@@ -83,9 +83,9 @@ fn any_file_is_judged_or_refused() {
                 let report = check(&history, &Coverage::default());
                 assert!(!report.to_string().is_empty());
                 if report.passed() {
-                    passed += 1
+                    passed += 1;
                 } else {
-                    wrong += 1
+                    wrong += 1;
                 }
             }
         }

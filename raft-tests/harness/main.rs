@@ -1,156 +1,63 @@
-//! The harness proves itself: its judge finds every kind of anomaly, and its processes obey.
+//! The harness proves itself: the checker is told what it knows, and its processes obey.
 
 #[path = "../support/mod.rs"]
 mod support;
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
+use logboom::testkit::checker::{AnomalyKind, Coverage, check};
+use logboom::testkit::history::FinalLog;
 use logboom::types::{Error, Offset};
-use support::{
-    Fate, Found, History, ProcessCluster, Sent, Verdict, judge, label, parse_label, wait_for,
-};
+use support::{Fate, History, ProcessCluster, Sent, Verdict, recorded, value_of, wait_for};
 use tokio::time::Instant;
 
-/// Two writers, two partitions, eight records each; one unknown that is there, one that is not, one refused.
-fn good_run() -> (History, BTreeMap<u32, Found>) {
-    let mut history = History::default();
-    let mut found: BTreeMap<u32, Found> = BTreeMap::new();
-    for number in 0..8 {
-        for writer in 1..3 {
-            let partition = u32::from(number % 2 == 1);
-            let place = found.entry(partition).or_default();
-            let timeout = || Error::Timeout { after_ms: 1 };
-            let fate = match (writer, number) {
-                (1, 3) => Fate::NotDone(Error::Overloaded { bytes: 1 }),
-                (1, 4) | (2, 2) => Fate::Unknown(timeout()),
-                (1, 5) => Fate::Invoked,
-                _ => Fate::Acked(place.end),
-            };
-            if !matches!((writer, number), (1, 3 | 4)) {
-                place.records.push((place.end, Some((writer, number))));
-                place.end = place.end.plus(1);
-            }
-            let now = Instant::now();
-            history.sent.push(Sent {
-                writer,
-                number,
-                partition,
-                invoked: now,
-                completed: Some(now),
-                fate,
-            });
-        }
-    }
-    (history, found)
-}
-
-/// Goal: a run in which every promise was kept is called good, unknown fates either way. Method: such a run.
+/// Goal: the checker is told what the workload knows of each record: acknowledged where, definitely not done, unknown, unanswered.
+/// Method: one of each, held against logs that permit them, and against logs that each contradict one.
 #[test]
-fn a_good_run_is_good() {
-    let (history, found) = good_run();
-    let verdict = judge(&history, &found);
-    verdict.assert_good(12);
-    let counts = (
-        verdict.sent,
-        verdict.acked,
-        verdict.unknown,
-        verdict.unknown_found,
-        verdict.read_back,
-    );
-    assert_eq!(counts, (16, 12, 3, 2, 14));
-}
-
-/// Goal: each kind of anomaly is found and called by its name. Method: one damage each to a good run.
-#[test]
-fn every_anomaly_is_named() {
-    type Damage = fn(&mut History, &mut BTreeMap<u32, Found>);
-    type Count = fn(&Verdict) -> usize;
-    fn records(found: &mut BTreeMap<u32, Found>) -> &mut Vec<(Offset, Option<(u32, u64)>)> {
-        &mut found.get_mut(&0).unwrap().records
-    }
-    let cases: [(&str, Damage, Count); 11] = [
-        (
-            "an acknowledged record vanished from the end",
-            |_, found| assert!(records(found).pop().is_some()),
-            |v| v.lost,
-        ),
-        (
-            "the end is not reached",
-            |_, found| assert!(records(found).pop().is_some()),
-            |v| v.gaps,
-        ),
-        (
-            "one vanished from the middle",
-            |_, found| assert!(records(found).remove(2).1.is_some()),
-            |v| v.gaps,
-        ),
-        (
-            "one is there twice",
-            |_, found| {
-                let first = records(found)[0].1;
-                let end = Offset(u64::try_from(records(found).len()).unwrap());
-                records(found).push((end, first));
-            },
-            |v| v.duplicated,
-        ),
-        (
-            "two changed places",
-            |_, found| {
-                let (one, two) = (records(found)[1].1, records(found)[3].1);
-                (records(found)[1].1, records(found)[3].1) = (two, one);
-            },
-            |v| v.out_of_order,
-        ),
-        (
-            "acknowledged at another offset",
-            |history, _| history.sent[0].fate = Fate::Acked(Offset(3)),
-            |v| v.moved,
-        ),
-        (
-            "refused and there",
-            |history, _| {
-                history.sent[0].fate = Fate::NotDone(Error::Overloaded { bytes: 1 });
-            },
-            |v| v.undead,
-        ),
-        (
-            "nobody sent it",
-            |_, found| records(found)[0].1 = Some((9, 9)),
-            |v| v.strange,
-        ),
-        (
-            "a damaged value",
-            |_, found| records(found)[0].1 = None,
-            |v| v.strange,
-        ),
-        (
-            "in the wrong partition",
-            |history, _| history.sent[0].partition = 1,
-            |v| v.misplaced,
-        ),
-        (
-            "an offset went back",
-            |_, found| records(found)[2].0 = Offset(1),
-            |v| v.gaps,
-        ),
+fn the_checker_is_told_every_fate() {
+    let start = Instant::now();
+    let fates = [
+        Fate::Acked(Offset(0)),
+        Fate::NotDone(Error::Overloaded { bytes: 1 }),
+        Fate::Unknown(Error::Timeout { after_ms: 1 }),
+        Fate::Invoked,
+        Fate::Acked(Offset(2)),
     ];
-    for (what, damage, count) in cases {
-        let (mut history, mut found) = good_run();
-        damage(&mut history, &mut found);
-        let verdict = judge(&history, &found);
-        assert!(count(&verdict) > 0, "{what}: {verdict}");
-        assert!(!verdict.is_good(), "{what}");
-    }
-}
-
-/// Goal: a value says whose it is, and a damaged one says nothing. Method: labels with and without damage.
-#[test]
-fn labels_survive_only_whole() {
-    let whole = format!("{}{}", label(3, 27), "b".repeat(40));
-    assert_eq!(parse_label(whole.as_bytes()), Some((3, 27)));
-    for broken in ["", "3:27", "x:27;", "3:27;bbbxbb", "03:27;b", "3:28;b", ";"] {
-        assert_eq!(parse_label(broken.as_bytes()), None, "{broken}");
+    let sent = fates.into_iter().zip(0..).map(|(fate, number)| Sent {
+        writer: 3,
+        number,
+        partition: 0,
+        invoked: start + Duration::from_millis(number),
+        completed: (fate != Fate::Invoked).then_some(start + Duration::from_millis(number + 1)),
+        fate,
+    });
+    let mut history = recorded(&History {
+        sent: sent.collect(),
+    });
+    for (numbers, wrong) in [
+        (&[0, 2, 4][..], None),
+        (&[0, 3, 4], None),
+        (&[0, 2, 4, 3], None),
+        (&[0, 2], Some(AnomalyKind::Lost)),
+        (&[0, 2, 4, 0], Some(AnomalyKind::Duplicate)),
+        (&[0, 1, 4], Some(AnomalyKind::Aborted)),
+        (&[0, 4, 2], Some(AnomalyKind::Moved)),
+        (&[2, 0, 4], Some(AnomalyKind::Reordered)),
+        (&[0, 2, 4, 9], Some(AnomalyKind::Phantom)),
+    ] {
+        let values = numbers.iter().map(|number| value_of(3, *number));
+        history.logs = vec![FinalLog {
+            partition: 0,
+            began_ns: 1_000_000_000,
+            log_start: 0,
+            end: numbers.len() as u64,
+            records: (0..).zip(values).collect(),
+        }];
+        let verdict = Verdict(check(&history, &Coverage::default()));
+        match wrong {
+            None => verdict.assert_good(2),
+            Some(kind) => assert!(verdict.0.has(kind), "{kind}: {verdict}"),
+        }
     }
 }
 

@@ -4,7 +4,7 @@
 //! - `cluster`: [`ProcessCluster`], the processes.
 //! - [`command`]: the command line, run to its end and judged.
 //! - `workload`: [`Workload`], a writer that numbers every record and keeps what it knows of each.
-//! - `verdict`: [`verify`] and [`judge`], what the answers permit and forbid.
+//! - `verdict`: [`verify`], what the answers permit and forbid, by the testkit's checker.
 //!
 //! Each test target includes this with `#[path = "../support/mod.rs"] mod support;`.
 
@@ -24,8 +24,8 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 pub use self::cluster::{Builder, ProcessCluster};
-pub use self::verdict::{Found, Verdict, judge, read_back, verify};
-pub use self::workload::{Fate, History, Sent, Workload, WorkloadConfig, label, parse_label};
+pub use self::verdict::{Verdict, recorded, verify};
+pub use self::workload::{Fate, History, Sent, Workload, WorkloadConfig, value_of};
 
 /// Between two looks at a condition.
 const LOOK: Duration = Duration::from_millis(20);

@@ -5,9 +5,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use bytes::Bytes;
 use logboom::client::{Ack, Client, Delivery, Producer, ProducerConfig, Record};
 use logboom::runtime::Tasks;
+use logboom::testkit::workload::encode_value;
 use logboom::types::{Error, Offset, Outcome};
 use tokio::time::Instant;
 
@@ -20,7 +20,7 @@ pub struct WorkloadConfig {
     pub topic: String,
     /// Its partitions, written to in turn.
     pub partitions: u32,
-    /// Bytes of each value, at least those of its label.
+    /// Bytes of each value, at least those that its number takes.
     pub value_bytes: usize,
     /// Unacknowledged records at once.
     pub in_flight: usize,
@@ -86,21 +86,6 @@ pub struct History {
 }
 
 impl History {
-    /// How many have a fate that `which` accepts.
-    pub fn count(&self, which: impl Fn(&Fate) -> bool) -> usize {
-        self.sent.iter().filter(|one| which(&one.fate)).count()
-    }
-
-    /// How many were acknowledged.
-    pub fn acked(&self) -> usize {
-        self.count(|fate| matches!(fate, Fate::Acked(_)))
-    }
-
-    /// Joins the history of another writer.
-    pub fn add(&mut self, other: Self) {
-        self.sent.extend(other.sent);
-    }
-
     /// The longest time without an acknowledgement in the partition, between its first and its last one.
     pub fn longest_silence(&self, partition: u32) -> Duration {
         let mut times: Vec<Instant> = self
@@ -129,32 +114,9 @@ impl History {
     }
 }
 
-/// A record's value begins with this.
-pub fn label(writer: u32, number: u64) -> String {
-    format!("{writer}:{number};")
-}
-
-/// Writer and number of a value; `None` for one that no workload wrote.
-pub fn parse_label(value: &[u8]) -> Option<(u32, u64)> {
-    let end = value.iter().position(|byte| *byte == b';')?;
-    let text = std::str::from_utf8(value.get(..end)?).ok()?;
-    let (writer, number) = text.split_once(':')?;
-    let parsed = (writer.parse().ok()?, number.parse().ok()?);
-    // All of it, or a damaged value would pass.
-    let filler = value.get(end + 1..)?;
-    let good = filler.iter().all(|byte| *byte == filler_of(parsed.1))
-        && text == label(parsed.0, parsed.1).trim_end_matches(';');
-    good.then_some(parsed)
-}
-
-fn filler_of(number: u64) -> u8 {
-    b'a' + u8::try_from(number % 26).unwrap_or(0)
-}
-
-fn value(writer: u32, number: u64, bytes: usize) -> Bytes {
-    let mut value = label(writer, number).into_bytes();
-    value.resize(bytes.max(value.len()), filler_of(number));
-    value.into()
+/// The value that stands for a writer's record.
+pub fn value_of(writer: u32, number: u64) -> u64 {
+    u64::from(writer) << 40 | number
 }
 
 #[derive(Debug, Default)]
@@ -277,7 +239,11 @@ async fn write(shared: Arc<Shared>, producer: Producer, config: WorkloadConfig) 
         let partition = u32::try_from(number % u64::from(config.partitions)).unwrap_or(0);
         let record = Record {
             timestamp_ms: logboom::runtime::wall_clock_ms(),
-            value: Some(value(config.writer, number, config.value_bytes)),
+            value: Some(encode_value(
+                value_of(config.writer, number),
+                partition,
+                config.value_bytes,
+            )),
             ..Record::default()
         };
         shared.sent(Sent {

@@ -281,7 +281,7 @@ impl MemDisk {
         self.with(|state| state.catalog = MemCatalog::default());
     }
 
-    /// A copy of the catalog as it is, for [`MemDisk::restore_catalog`].
+    /// What puts the catalog of a disk back to what it is now.
     pub fn save_catalog(&self) -> impl Fn(&MemDisk) + 'static {
         let copy = self.with(|state| state.catalog.crashed(true));
         move |disk| disk.with(|state| state.catalog = copy.crashed(true))

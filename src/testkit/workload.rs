@@ -167,7 +167,7 @@ impl Workload {
         Ok(Self { tasks })
     }
 
-    /// Asks nothing more, waits for the answers that are out, [`WorkloadConfig::answer_within`] at most, and ends. What has no answer
+    /// Asks nothing more, waits for the answers that are out, twice [`WorkloadConfig::answer_within`] at most, and ends. What has no answer
     /// then stays unanswered in the history. Cancel safe: the clients stop either way.
     pub async fn stop(self) {
         self.tasks.shutdown().await;

@@ -150,7 +150,7 @@ pub(super) fn check_appends(index: &Index<'_>, notes: &mut Notes, figures: &mut 
         };
         let partition = operation.partition;
         let ack = acknowledged(operation);
-        if ack.is_none() && matches!(operation.outcome, Outcome::Unknown { .. }) {
+        if matches!(operation.outcome, Outcome::Unknown { .. }) {
             figures.unknown_found +=
                 count(sends.iter().filter(|send| send.found().is_some()).count());
         }
@@ -285,7 +285,7 @@ pub(super) fn check_epochs(index: &Index<'_>, notes: &mut Notes) {
                             text,
                             [index.show(by), index.show(number), log.show(*offset)],
                         )
-                    })
+                    });
                 }
                 _ => leader = Some((epoch, number)),
             }

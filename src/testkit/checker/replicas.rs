@@ -114,9 +114,9 @@ pub(super) fn check_copies(index: &Index<'_>, history: &History, notes: &mut Not
             if last < dump.log_start || last >= dump.high_watermark {
                 return true;
             }
-            let place = usize::try_from(last - dump.log_start).unwrap_or(usize::MAX);
-            let exact = dump.records.get(place).is_some_and(|(at, _)| *at == last);
-            exact || dump.records.iter().any(|(at, _)| *at == last)
+            // Out of order it is found or not; that it is out of order was found before.
+            let found = dump.records.binary_search_by_key(&last, |(at, _)| *at);
+            found.is_ok()
         };
         let holders = dumps.iter().filter(can_hold).count();
         if holders < usize::try_from(copies).unwrap_or(usize::MAX) {
