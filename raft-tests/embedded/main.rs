@@ -1,5 +1,13 @@
 //! The library as an embedder uses it: several brokers in one process, killed, paused, cut off and restarted.
 
+// Figures are printed, and a helper that cannot go on ends the test.
+#![allow(
+    clippy::indexing_slicing,
+    clippy::panic,
+    clippy::print_stdout,
+    clippy::unwrap_used
+)]
+
 // Only `run` is called; its `main` is the example's.
 #[allow(dead_code)]
 #[path = "../../examples/failover_test.rs"]

@@ -259,7 +259,8 @@ async fn no_connection_comes_about_through_a_cut() {
 /// healed by each way there is.
 #[tokio::test]
 async fn a_healed_cut_can_reset() {
-    let ways: [(fn(&Links), fn(&Links)); 4] = [
+    type Act = fn(&Links);
+    let ways: [(Act, Act); 4] = [
         (
             |links| links.cut(Party::Clients, ONE),
             |links| links.heal(ONE, Party::Clients),
