@@ -29,3 +29,8 @@ pub mod types;
 #[cfg(doctest)]
 #[doc = include_str!("../README.md")]
 mod readme {}
+
+/// The page for embedders, likewise.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/testing-your-service.md")]
+mod testing_your_service {}

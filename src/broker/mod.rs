@@ -345,18 +345,12 @@ impl Broker {
         }
     }
 
-    /// Stops at once, as a crash would: nothing is handed over and nothing is tidied up.
+    /// What a crash leaves: nothing that is queued becomes durable any more, the directory is free, and no request is answered.
+    /// Blocking. The caller drops the runtime that the broker runs in, without polling anything of it again.
     #[cfg(any(test, feature = "testkit"))]
-    pub async fn crash(&self) {
-        // First of all: nothing that is queued becomes durable after the crash.
-        let store = self.context.store.clone();
-        tokio::task::spawn_blocking(move || store.abandon())
-            .await
-            .ok(); // it does not panic
+    pub(crate) fn abandon(&self) {
+        self.context.store.abandon();
         self.service.refuse();
-        self.context.tasks.shutdown().await;
-        self.context.groups.shutdown().await;
-        self.reconciler.stop().await;
     }
 }
 

@@ -12,12 +12,12 @@ use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::raft::{FollowerProgress, GroupStatus, Progress, RaftError};
-use crate::types::{BrokerId, Error, GroupId, ReplicaId};
+use crate::types::{BrokerId, Endpoint, Error, GroupId, ReplicaId};
 
 use super::balancer::{Balancer, BalancerConfig};
 use super::liveness::Liveness;
 use super::members::{MemberStep, next_step};
-use super::metadata::{BrokerRecord, ClusterMetadata, Command};
+use super::metadata::{ClusterMetadata, Command};
 use super::{Controller, Inner};
 
 /// Looks between two that search all partitions for leaderships to hand back although the metadata has not changed.
@@ -128,12 +128,17 @@ impl<'a> Leadership<'a> {
             if let Some(alive) = changed
                 && self.deciding.insert(broker)
             {
-                log_liveness(record, alive);
-                let controller = self.controller.clone();
+                let (controller, endpoint) = (self.controller.clone(), record.endpoint.clone());
+                let pause = self.inner.config.election_timeout_max;
                 self.jobs.push(Box::pin(async move {
                     let command = Command::SetAlive { broker, alive };
-                    if let Err(error) = controller.submit(command).await {
-                        tracing::info!(%broker, alive, %error, "not recorded yet");
+                    // Said when it is so: what a leader that is itself cut off makes of the others is no news.
+                    match controller.submit(command).await {
+                        Ok(_) => log_liveness(&endpoint, alive),
+                        Err(error) => {
+                            tracing::info!(%broker, alive, %error, "not recorded yet");
+                            tokio::time::sleep(pause).await;
+                        }
                     }
                     Done::Alive { broker }
                 }));
@@ -227,8 +232,7 @@ impl<'a> Leadership<'a> {
     }
 }
 
-fn log_liveness(record: &BrokerRecord, alive: bool) {
-    let endpoint = &record.endpoint;
+fn log_liveness(endpoint: &Endpoint, alive: bool) {
     if alive {
         tracing::info!(%endpoint, "heard again");
     } else {

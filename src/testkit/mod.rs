@@ -1,6 +1,7 @@
 //! What a test of a replicated log needs (feature `testkit`): a cluster that can be hurt, and a record of what happened.
 //!
 //! - [`LocalCluster`]: several brokers in this process.
+//! - [`Proxy`] and [`Links`]: a network between real brokers that can be cut, delayed, throttled and reset, link by link.
 //! - [`workload`]: clients that write, read and ask, and [`recorder`], which keeps what they asked and were told.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
 //! - [`checker`]: whether that may be.
@@ -8,10 +9,14 @@
 pub mod checker;
 mod cluster;
 pub mod history;
+mod links;
+mod proxy;
 pub mod recorder;
 pub mod workload;
 
-pub use cluster::LocalCluster;
+pub use cluster::{LocalCluster, NotReached, wait_until};
+pub use links::{AfterCut, Links, Party};
+pub use proxy::Proxy;
 
 use std::time::Duration;
 
