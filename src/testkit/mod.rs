@@ -1,12 +1,15 @@
 //! What a test of a replicated log needs (feature `testkit`): a cluster that can be hurt, and a record of what happened.
 //!
 //! - [`LocalCluster`]: several brokers in this process.
+//! - [`FaultDisk`]: the files of another process, which lose power, fill up, fail and slow down.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
 
 mod cluster;
+mod faultdisk;
 pub mod history;
 
 pub use cluster::LocalCluster;
+pub use faultdisk::{DiskCounts, FaultDisk, Loss, Lost};
 
 use std::time::Duration;
 
