@@ -2,11 +2,16 @@
 //!
 //! - [`LocalCluster`]: several brokers in this process.
 //! - [`FaultDisk`]: the files of another process, which lose power, fill up, fail and slow down.
+//! - [`workload`]: clients that write, read and ask, and [`recorder`], which keeps what they asked and were told.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
+//! - [`checker`]: whether that may be.
 
+pub mod checker;
 mod cluster;
 mod faultdisk;
 pub mod history;
+pub mod recorder;
+pub mod workload;
 
 pub use cluster::LocalCluster;
 pub use faultdisk::{DiskCounts, FaultDisk, Loss, Lost};
