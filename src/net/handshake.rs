@@ -9,12 +9,16 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+#[cfg(any(test, feature = "testkit"))]
+use super::frame::Role;
 use super::frame::{
     Decoder, FIXED_BYTES, Frame, FrameError, HANDSHAKE_BYTES_MAX, Hello, Kind, LENGTH_BYTES,
     PREAMBLE_BYTES, Welcome, check_preamble, one_frame, preamble,
 };
 use super::socket::{TcpStream, lookup_host};
 use super::{Identity, NetConfig, NetError};
+#[cfg(any(test, feature = "testkit"))]
+use crate::types::BrokerId;
 use crate::types::{decode, encode};
 
 /// How long a refusal's reader is waited for, so that the refusal is not lost to a reset.
@@ -180,6 +184,42 @@ pub(super) async fn connect(
     match tokio::time::timeout(left, greet).await {
         Ok(greeted) => greeted.map(|(greeted, identity)| (stream, greeted, identity)),
         Err(_) => Err(late("no handshake")),
+    }
+}
+
+/// What the first bytes of a connection say about who opened it: for who passes connections on.
+#[cfg(any(test, feature = "testkit"))]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Introduction {
+    /// Too few bytes to tell.
+    Unfinished,
+    /// A broker.
+    Broker(BrokerId),
+    /// Anybody else: a client, or somebody who does not speak the protocol.
+    Other,
+}
+
+/// Looks at the `first` bytes of a connection without taking them. At most the size of a handshake is looked at.
+#[cfg(any(test, feature = "testkit"))]
+pub(crate) fn introduction(first: &[u8]) -> Introduction {
+    let Some((start, rest)) = first.split_first_chunk::<PREAMBLE_BYTES>() else {
+        return Introduction::Unfinished;
+    };
+    if check_preamble(*start).is_err() {
+        return Introduction::Other;
+    }
+    let mut decoder = Decoder::new(HANDSHAKE_BYTES_MAX);
+    let most = rest.len().min(LENGTH_BYTES + HANDSHAKE_BYTES_MAX);
+    let looked_at = rest.get(..most).unwrap_or_default();
+    decoder.buffer().extend_from_slice(looked_at);
+    let frame = match decoder.next() {
+        Ok(None) => return Introduction::Unfinished,
+        Ok(Some(frame)) if frame.kind == Kind::Hello => frame,
+        Ok(Some(_)) | Err(_) => return Introduction::Other,
+    };
+    match decode::<Hello>(&frame.header).map(|hello| hello.role) {
+        Ok(Role::Peer { identity, .. }) => Introduction::Broker(identity.broker),
+        Ok(Role::Client) | Err(_) => Introduction::Other,
     }
 }
 

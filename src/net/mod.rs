@@ -44,6 +44,8 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::connection::Connection;
 use self::frame::Kind;
+#[cfg(any(test, feature = "testkit"))]
+pub(crate) use self::handshake::{Introduction, introduction};
 use self::link::{Asking, Link};
 use self::peer::Peer;
 use crate::runtime::Tasks;

@@ -3,6 +3,7 @@
 //! - [`LocalCluster`]: several brokers in this process.
 //! - [`FaultDisk`]: the files of another process, which lose power, fill up, fail and slow down.
 //! - [`workload`]: clients that write, read and ask, and [`recorder`], which keeps what they asked and were told.
+//! - [`Proxy`] and [`Links`]: a network between real brokers that can be cut, delayed, throttled and reset, link by link.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
 //! - [`checker`]: whether that may be.
 
@@ -10,11 +11,15 @@ pub mod checker;
 mod cluster;
 mod faultdisk;
 pub mod history;
+mod links;
+mod proxy;
 pub mod recorder;
 pub mod workload;
 
 pub use cluster::LocalCluster;
 pub use faultdisk::{DiskCounts, FaultDisk, Loss, Lost};
+pub use links::{AfterCut, Links, Party};
+pub use proxy::Proxy;
 
 use std::time::Duration;
 
