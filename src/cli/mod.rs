@@ -1,13 +1,16 @@
 //! The commands: what is parsed, what is run, what the process answers with.
 //!
-//! Owns the exit codes (0 done, 1 failed, 2 wrong usage) and the one line on standard error. Nothing but a command's result goes to
+//! Owns the exit codes (0 done, 1 failed, 2 wrong usage; `chaos` adds two of its own) and the one line on standard error. Nothing but a command's result goes to
 //! standard output.
 
+#[cfg(feature = "testkit")]
+mod chaos;
 mod children;
 mod cluster;
 mod compare;
 mod demo;
 mod dev;
+mod directory;
 mod lines;
 mod output;
 mod progress;
@@ -54,6 +57,9 @@ enum Command {
     Consume(records::ConsumeArgs),
     /// Look at the cluster, move leaders
     Cluster(cluster::ClusterArgs),
+    /// Hurt brokers of its own in every way, and judge what their clients saw: 0 passed, 3 an anomaly, 4 proves nothing
+    #[cfg(feature = "testkit")]
+    Chaos(Box<chaos::ChaosArgs>),
     /// Check the data directory of a broker that is not running
     Fsck(FsckArgs),
 }
@@ -160,6 +166,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Produce(args) => records::produce(args).await,
         Command::Consume(args) => records::consume(args).await,
         Command::Cluster(args) => cluster::run(args).await,
+        #[cfg(feature = "testkit")]
+        Command::Chaos(args) => Box::pin(chaos::run(*args)).await,
         Command::Fsck(args) => fsck(&args),
     }
 }

@@ -330,7 +330,11 @@ impl FaultDisk {
         }
     }
 
-    /// Forgets what could be taken back: what is there now is durable.
+    /// Forgets what could be taken back: what is there now is durable. The process must not run: another disk was put in.
+    pub fn forget(&self) -> io::Result<()> {
+        self.clear()
+    }
+
     fn clear(&self) -> io::Result<()> {
         for directory in [format::UNDO, format::SAVED] {
             let directory = self.side.join(directory);
