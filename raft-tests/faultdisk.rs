@@ -351,6 +351,8 @@ fn a_failed_sync_drops_what_was_written() {
     bench.lose(Loss::Everything, 0);
     assert_eq!(bench.tree(), "f=13nced");
     assert_eq!(bench.disk.counts().expect("counts").syncs_failed, 1);
+    let failed = bench.disk.failed_sync().expect("a file");
+    assert_eq!(failed, Some(PathBuf::from("f")));
 }
 
 /// Goal: a full disk refuses what grows a file, tells its free space accordingly, and takes more when there is room. Method: a limit, a write

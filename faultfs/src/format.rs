@@ -44,8 +44,10 @@ pub mod word {
     pub const SYNCS_FAILED: usize = 7;
     /// Writes that were refused for want of space.
     pub const REFUSED: usize = 8;
+    /// The inode of the sync that was made to fail last.
+    pub const FAILED_INODE: usize = 9;
     /// How many there are.
-    pub const COUNT: usize = 9;
+    pub const COUNT: usize = 10;
 }
 
 /// What was done, in the log of a file or, for names, of a directory. Paths are relative to the root.

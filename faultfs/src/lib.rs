@@ -637,10 +637,11 @@ unsafe fn sync_any(fd: c_int, work: impl FnOnce() -> c_int) -> c_int {
     let sequence = {
         let mut logs = shared.lock();
         if shared.sync_fails() {
-            shared.count(word::SYNCS_FAILED);
             if meta.is_file() {
                 shared.drop_pending(&mut logs, meta.ino(), fd);
             }
+            shared.control[word::FAILED_INODE].store(meta.ino(), Ordering::Relaxed);
+            shared.count(word::SYNCS_FAILED);
             return fail(EIO);
         }
         // What is written from here on may be too late for this sync.

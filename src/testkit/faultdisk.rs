@@ -165,6 +165,14 @@ impl FaultDisk {
         self.set(word::FAIL_SYNC, nth)
     }
 
+    /// Which file's sync was made to fail last, below the root; `None` when none was, or it is gone.
+    pub fn failed_sync(&self) -> io::Result<Option<PathBuf>> {
+        let inode = self.get(word::FAILED_INODE)?;
+        let path = self.paths()?.remove(&inode);
+        let path = path.and_then(|path| path.strip_prefix(&self.root).map(Path::to_owned).ok());
+        Ok(path)
+    }
+
     /// Makes every sync last longer by `time`.
     pub fn delay_syncs(&self, time: Duration) -> io::Result<()> {
         let micros = u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

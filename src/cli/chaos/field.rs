@@ -5,6 +5,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -22,6 +23,8 @@ pub(super) const RESERVE_BYTES: u64 = 64 << 20;
 const SEGMENT_BYTES: u64 = 2 << 20;
 /// Leaders stay where they were moved for so long, in ms, so that a transfer has something to give back.
 const LEADER_DELAY_MS: u64 = 10_000;
+/// Longest wait for a connection on loopback.
+const CONNECT: Duration = Duration::from_millis(100);
 /// How often a process is looked at while its end is waited for.
 const LOOK: Duration = Duration::from_millis(10);
 
@@ -145,6 +148,12 @@ impl Field {
 
     pub(super) fn go_on(&mut self, id: u32) -> anyhow::Result<()> {
         self.signal(id, Signal::CONT)
+    }
+
+    /// Whether somebody takes connections where the broker listens; it does so once its store is open.
+    pub(super) fn serves(&mut self, id: u32) -> anyhow::Result<bool> {
+        let address = self.broker(id)?.listen.parse()?;
+        Ok(TcpStream::connect_timeout(&address, CONNECT).is_ok())
     }
 
     /// Why a broker that should run has ended; `None` while it runs, or when it was not to run.

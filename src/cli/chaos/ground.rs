@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use anyhow::Context;
-use logboom::client::{Client, NewTopic};
+use logboom::client::{Client, ClientConfig, NewTopic};
 use logboom::testkit::recorder::Recorder;
 use logboom::types::BrokerId;
 
@@ -17,13 +17,15 @@ const ANSWER: Duration = Duration::from_secs(3);
 /// One topic, and the record of what happens to it.
 pub(super) struct Topic {
     pub(super) name: String,
-    pub(super) replication_factor: u32,
     pub(super) recorder: Recorder,
 }
 
 /// All of them.
 pub(super) struct Ground {
+    /// The workloads'.
     pub(super) client: Client,
+    /// One with less patience, for looking on.
+    pub(super) onlooker: Client,
     pub(super) topics: Vec<Topic>,
     brokers: Vec<u32>,
 }
@@ -54,10 +56,17 @@ impl Ground {
     /// Creates the topics: one with `replication_factor` copies, and, where it is another one, one with two copies and a witness.
     pub(super) async fn create(
         client: Client,
+        addresses: &[String],
         brokers: Vec<u32>,
         replication_factor: u32,
         recorder: impl Fn() -> Recorder,
     ) -> anyhow::Result<Self> {
+        let patience = ClientConfig {
+            request_timeout: ANSWER / 3,
+            deadline: ANSWER,
+            ..ClientConfig::default()
+        };
+        let onlooker = Client::connect(addresses, patience).await?;
         let mut factors = vec![replication_factor];
         if brokers.len() >= 3 && replication_factor != 2 {
             factors.push(2);
@@ -72,12 +81,12 @@ impl Ground {
             created.with_context(|| format!("cannot create the topic {name}"))?;
             topics.push(Topic {
                 name,
-                replication_factor: factor,
                 recorder: recorder(),
             });
         }
         Ok(Self {
             client,
+            onlooker,
             topics,
             brokers,
         })
@@ -99,7 +108,7 @@ impl Ground {
     /// What the cluster says of the partitions, if it answers; leaders are recorded.
     pub(super) async fn look(&self) -> Option<Vec<Look>> {
         let names: Vec<String> = self.topics.iter().map(|topic| topic.name.clone()).collect();
-        let admin = self.client.admin();
+        let admin = self.onlooker.admin();
         let asked = tokio::time::timeout(ANSWER, admin.describe(Some(&names)));
         let views = asked.await.ok()?.ok()?;
         let mut looks = Vec::new();
@@ -125,7 +134,7 @@ impl Ground {
 
     /// The brokers that the controller hears, if anybody answers.
     pub(super) async fn alive(&self) -> Option<Vec<u32>> {
-        let admin = self.client.admin();
+        let admin = self.onlooker.admin();
         let asked = tokio::time::timeout(ANSWER, admin.cluster_status());
         let status = asked.await.ok()?.ok()?;
         let alive = status.brokers.into_iter().filter(|broker| broker.alive);

@@ -292,7 +292,8 @@ async fn story(
         Recorder::new(std::sync::Arc::new(since))
     };
     let ids = field.ids();
-    let ground = Ground::create(client, ids, settings.replication_factor, recorder).await?;
+    let (addresses, copies) = (field.brokers.addresses(), settings.replication_factor);
+    let ground = Ground::create(client, &addresses, ids, copies, recorder).await?;
     let workloads = start_workloads(settings, &ground)?;
     let plan = Plan {
         brokers: settings.brokers,

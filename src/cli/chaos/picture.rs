@@ -172,6 +172,7 @@ fn chart(canvas: &mut Canvas, histories: &[(String, History)], end: u64) {
             y -= height;
             let title = format!("{count} {name}");
             let place = (canvas.x(column * column_ns), y);
+            let width = width.min(WIDTH - RIGHT - place.0).max(0.6);
             canvas.bar(place, (width, height), colour, &title);
         }
     }
