@@ -35,6 +35,7 @@ mod reads;
 mod replicas;
 mod report;
 mod sweep;
+mod values;
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -45,10 +46,10 @@ use super::history::{History, Outcome};
 pub use self::replicas::COPY_LOSING_FAULTS;
 pub use self::report::{Anomaly, AnomalyKind, Figures, Report, Verdict};
 
-/// What must have happened, or the run proves nothing. The default asks for nothing.
+/// What must have happened, or the run proves nothing. The default asks for one operation.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Coverage {
-    /// Operations with an answer that says done, at least.
+    /// Operations with an answer that says done, at least; never less than one.
     pub operations_min: u64,
     /// Operations with an unknown outcome, at least.
     pub unknown_min: u64,
@@ -58,14 +59,24 @@ pub struct Coverage {
     pub faults: BTreeMap<String, u64>,
 }
 
-/// Judges `history`. Three verdicts: [`Verdict::Anomalies`] when anything is wrong; else [`Verdict::Invalid`] when it cannot be judged or shows
-/// less than `coverage`; else [`Verdict::Passed`].
+/// Judges `history`. Three verdicts: [`Verdict::Invalid`] when the history contradicts itself, as by a value that was sent twice or an answer before
+/// its question: whoever recorded it is wrong, and nothing else is said. Else [`Verdict::Anomalies`] when anything is wrong; else
+/// [`Verdict::Invalid`] when a partition was not read at the end or less was shown than `coverage`; else [`Verdict::Passed`].
 ///
 /// Needs, beside the history, about 100 bytes of memory per operation.
 pub fn check(history: &History, coverage: &Coverage) -> Report {
     let mut notes = Notes::default();
     let mut index = Index::new(history);
     let mut figures = figures(history, &index);
+    let mut gaps = std::mem::take(&mut index.gaps);
+    if !gaps.is_empty() {
+        return Report {
+            verdict: Verdict::Invalid,
+            anomalies: Vec::new(),
+            gaps,
+            figures,
+        };
+    }
     logs::read_logs(&mut index, &mut notes, &mut figures);
     logs::check_appends(&index, &mut notes, &mut figures);
     logs::check_epochs(&index, &mut notes);
@@ -75,7 +86,6 @@ pub fn check(history: &History, coverage: &Coverage) -> Report {
     replicas::check_copies(&index, history, &mut notes);
     replicas::check_leaders(history, &mut notes);
     figures.anomalies = notes.counts;
-    let mut gaps = std::mem::take(&mut index.gaps);
     for log in index.logs.iter().filter(|log| log.last.is_none()) {
         gaps.push(format!("partition {} was not read at the end", log.number));
     }
@@ -146,7 +156,7 @@ impl Coverage {
                 gaps.push(format!("{what}: {have}, at least {min} are wanted"));
             }
         };
-        demand("operations done", figures.ok, self.operations_min);
+        demand("operations done", figures.ok, self.operations_min.max(1));
         demand("unknown outcomes", figures.unknown, self.unknown_min);
         demand(
             "changes of leader",

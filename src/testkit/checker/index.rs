@@ -2,9 +2,10 @@
 //!
 //! Owns nothing but what it derives from the history; every step is linear in it. Judges only whether the history can be judged.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::fmt::Write as _;
 
+use super::values::Values;
 use crate::testkit::history::{AckLevel, Call, FinalLog, History, Operation, Outcome};
 
 /// Stands for "nowhere".
@@ -58,7 +59,7 @@ impl Log<'_> {
     /// reading.
     pub(super) fn covers(&self, offset: u64, known_ns: u64) -> bool {
         self.last.is_some_and(|last| {
-            offset >= last.log_start && (offset < last.end || known_ns <= last.began_ns)
+            offset >= last.log_start && (offset < last.end || known_ns < last.began_ns)
         })
     }
 
@@ -84,7 +85,7 @@ pub(super) struct Index<'a> {
     sends: Vec<Send>,
     /// Where an operation's values begin among the sends.
     first_send: Vec<u32>,
-    by_value: HashMap<u64, u32>,
+    values: Values,
     /// Why the history cannot be judged.
     pub(super) gaps: Vec<String>,
 }
@@ -101,15 +102,29 @@ pub(super) fn count(length: usize) -> u64 {
     u64::try_from(length).unwrap_or(u64::MAX)
 }
 
+/// No offset is this high, so that the few added to one do not overflow.
+const OFFSET_MAX: u64 = 1 << 62;
+
+fn offsets(records: &[(u64, u64)], others: [u64; 2]) -> bool {
+    let read = records.iter().map(|(offset, _)| *offset);
+    read.chain(others).all(|offset| offset < OFFSET_MAX)
+}
+
 /// Whether the answer can be one to the call.
 fn fits(operation: &Operation) -> bool {
     let fits = match (&operation.call, &operation.outcome) {
-        (_, Outcome::Failed { .. } | Outcome::Unknown { .. })
-        | (Call::Fetch { .. }, Outcome::Fetched { .. })
-        | (Call::LinearizableEnd | Call::End, Outcome::End { .. }) => true,
-        (Call::Append { values, .. }, Outcome::Appended { base, .. }) => {
-            base.checked_add(count(values.len())).is_some()
-        }
+        (_, Outcome::Failed { .. } | Outcome::Unknown { .. }) => true,
+        (
+            Call::Fetch { from },
+            Outcome::Fetched {
+                log_start,
+                high_watermark,
+                records,
+                ..
+            },
+        ) => *from < OFFSET_MAX && offsets(records, [*log_start, *high_watermark]),
+        (Call::LinearizableEnd | Call::End, Outcome::End { end, .. }) => *end < OFFSET_MAX,
+        (Call::Append { .. }, Outcome::Appended { base, .. }) => *base < OFFSET_MAX,
         _ => false,
     };
     let answered = match operation.completed_ns {
@@ -128,7 +143,7 @@ impl<'a> Index<'a> {
             by_number: BTreeMap::new(),
             sends: Vec::new(),
             first_send: Vec::with_capacity(history.operations.len()),
-            by_value: HashMap::with_capacity(history.operations.len()),
+            values: Values::new(std::iter::empty()).0,
             gaps: Vec::new(),
         };
         let mut readings: Vec<&FinalLog> = history.logs.iter().collect();
@@ -139,6 +154,23 @@ impl<'a> Index<'a> {
         }
         for (number, operation) in (0_u32..).zip(&history.operations) {
             index.take(number, operation);
+        }
+        let (values, twice) = Values::new(index.sends.iter().map(|send| send.value));
+        index.values = values;
+        for value in twice {
+            index.unusable(format!("value {value} was sent twice"));
+        }
+        let logs = history.logs.iter();
+        let logs = logs.map(|log| (log.partition, &log.records, [log.log_start, log.end]));
+        let dumps = history.dumps.iter();
+        let dumps = dumps.map(|dump| {
+            let range = [dump.log_start, dump.high_watermark];
+            (dump.partition, &dump.records, range)
+        });
+        for (number, records, range) in logs.chain(dumps) {
+            if !offsets(records, range) {
+                index.unusable(format!("an offset of partition {number} is beyond any log"));
+            }
         }
         for log in &mut index.logs {
             let Some(last) = log.last else { continue };
@@ -181,21 +213,11 @@ impl<'a> Index<'a> {
         let Call::Append { values, .. } = &operation.call else {
             return;
         };
-        for value in values {
-            let send = Send {
-                value: *value,
-                found: NOWHERE,
-                operation: number,
-            };
-            if self
-                .by_value
-                .insert(*value, narrow(self.sends.len()))
-                .is_some()
-            {
-                self.unusable(format!("value {value} was sent twice"));
-            }
-            self.sends.push(send);
-        }
+        self.sends.extend(values.iter().map(|value| Send {
+            value: *value,
+            found: NOWHERE,
+            operation: number,
+        }));
     }
 
     /// The first few reasons will do.
@@ -220,7 +242,7 @@ impl<'a> Index<'a> {
 
     /// The append that sent `value`.
     pub(super) fn send(&self, value: u64) -> Option<&Send> {
-        self.sends.get(wide(*self.by_value.get(&value)?))
+        self.sends.get(self.values.place(value)?)
     }
 
     /// The values that an append sent.
@@ -241,7 +263,7 @@ impl<'a> Index<'a> {
 
     /// Notes that `value` is found at `offset`; where it was found before, when it was.
     pub(super) fn set_found(&mut self, value: u64, offset: u64) -> Option<u64> {
-        let place = wide(*self.by_value.get(&value)?);
+        let place = self.values.place(value)?;
         let send = self.sends.get_mut(place)?;
         let before = send.found();
         if before.is_none() {

@@ -4,32 +4,32 @@
 
 use std::collections::HashMap;
 
-use super::index::{Index, count, millis};
+use super::index::{Index, Send, count, millis};
 use super::report::{AnomalyKind as Kind, Figures, Notes};
 use crate::testkit::history::{AckLevel, Call, FinalLog, Operation, Outcome, STRANGE_VALUE};
 
-/// Whether `value`, seen in partition `partition` where `seen` says, is one that may be seen anywhere there.
-pub(super) fn is_known(
+/// The send of `value`, seen in partition `partition` where `seen` says, when it is one that may be there.
+pub(super) fn known(
     index: &Index<'_>,
     notes: &mut Notes,
     partition: u32,
     value: u64,
     seen: impl Fn() -> String,
-) -> bool {
+) -> Option<Send> {
     if value == STRANGE_VALUE {
         notes.add(Kind::Strange, partition, || {
             ("a damaged value".to_owned(), [seen()])
         });
-        return false;
+        return None;
     }
-    let sent = index.send(value).map(|send| send.operation);
-    let Some((number, operation)) =
-        sent.and_then(|number| Some((number, index.operation(number)?)))
+    let sent = index.send(value).copied();
+    let Some((send, operation)) =
+        sent.and_then(|send| Some((send, index.operation(send.operation)?)))
     else {
         notes.add(Kind::Phantom, partition, || {
             (format!("nobody sent value {value}"), [seen()])
         });
-        return false;
+        return None;
     };
     if operation.partition != partition {
         notes.add(Kind::Misplaced, partition, || {
@@ -37,17 +37,17 @@ pub(super) fn is_known(
                 "value {value} was sent to partition {}",
                 operation.partition
             );
-            (text, [index.show(number), seen()])
+            (text, [index.show(send.operation), seen()])
         });
-        return false;
+        return None;
     }
     if matches!(operation.outcome, Outcome::Failed { .. }) {
         notes.add(Kind::Aborted, partition, || {
             let text = format!("value {value} is there, and its append had failed");
-            (text, [index.show(number), seen()])
+            (text, [index.show(send.operation), seen()])
         });
     }
-    true
+    Some(send)
 }
 
 /// What the acknowledgement of an append gave away, when it promises something: base offset, epoch, copies.
@@ -84,14 +84,20 @@ pub(super) fn read_logs(index: &mut Index<'_>, notes: &mut Notes, figures: &mut 
         for (offset, value) in &last.records {
             figures.found += 1;
             let seen = || line(last, *offset, *value);
-            if !is_known(index, notes, number, *value, seen) {
+            let Some(send) = known(index, notes, number, *value, seen) else {
                 continue;
-            }
+            };
             match index.set_found(*value, *offset) {
                 Some(before) if before != *offset => notes.add(Kind::Duplicate, number, || {
                     let text = format!("value {value} is found at offsets {before} and {offset}");
-                    let sent = index.send(*value).map_or(0, |send| send.operation);
-                    (text, [index.show(sent), line(last, before, *value), seen()])
+                    (
+                        text,
+                        [
+                            index.show(send.operation),
+                            line(last, before, *value),
+                            seen(),
+                        ],
+                    )
                 }),
                 _ => {}
             }

@@ -4,8 +4,8 @@
 
 use std::collections::HashMap;
 
-use super::index::{Index, Log, millis};
-use super::logs::{acknowledged, is_known, moved};
+use super::index::{Index, Log, Send, count, millis};
+use super::logs::{acknowledged, known, moved};
 use super::report::{AnomalyKind as Kind, Figures, Notes};
 use crate::testkit::history::{Call, FinalLog, Operation, Outcome};
 
@@ -51,23 +51,16 @@ pub(super) fn check_reads(index: &Index<'_>, notes: &mut Notes, figures: &mut Fi
         }
         match &operation.outcome {
             Outcome::Fetched { records, .. } => {
-                figures.read += super::index::count(records.len());
+                figures.read += count(records.len());
                 in_order(index, notes, number, operation);
                 for (offset, value) in records {
                     let seen = || teller.show(index, *offset, *value);
-                    if is_known(index, notes, log.number, *value, seen) {
-                        is_past(index, notes, number, operation, *value);
-                        told(index, notes, &mut outside, log, teller, (*offset, *value));
-                        is_committed(
-                            index,
-                            notes,
-                            log,
-                            operation,
-                            teller,
-                            (*offset, *value),
-                            number,
-                        );
-                    }
+                    let Some(send) = known(index, notes, log.number, *value, seen) else {
+                        continue;
+                    };
+                    is_past(index, notes, number, operation, &send);
+                    told(index, notes, &mut outside, log, teller, (*offset, *value));
+                    is_committed(index, notes, log, (number, operation), *offset, &send);
                 }
                 ends_beside_batches(index, notes, log, number);
             }
@@ -122,19 +115,19 @@ fn is_committed(
     index: &Index<'_>,
     notes: &mut Notes,
     log: &Log<'_>,
-    operation: &Operation,
-    teller: Teller<'_>,
-    (offset, value): (u64, u64),
-    number: u32,
+    (number, read): (u32, &Operation),
+    offset: u64,
+    send: &Send,
 ) {
-    let known = operation.completed_ns.unwrap_or(u64::MAX);
-    match index.send(value).and_then(super::index::Send::found) {
+    let value = send.value;
+    match send.found() {
         Some(found) if found == offset => {}
         Some(found) => moved(index, notes, log.number, value, (offset, found), number),
-        None if log.covers(offset, known) => {
+        None if log.covers(offset, read.completed_ns.unwrap_or(u64::MAX)) => {
             notes.add(Kind::DirtyRead, log.number, || {
                 let text = format!("value {value} was read at offset {offset}, and is not found");
-                (text, [teller.show(index, offset, value), log.show(offset)])
+                let seen = Teller::Operation(number).show(index, offset, value);
+                (text, [seen, log.show(offset)])
             });
         }
         None => {}
@@ -142,19 +135,15 @@ fn is_committed(
 }
 
 /// The answer was there before the question for the append.
-fn is_past(index: &Index<'_>, notes: &mut Notes, number: u32, read: &Operation, value: u64) {
-    let Some(sent) = index.send(value).map(|send| send.operation) else {
-        return;
-    };
-    let invoked = index.operation(sent).map(|append| append.invoked_ns);
-    let completed = read.completed_ns;
-    if invoked
-        .zip(completed)
-        .is_some_and(|(invoked, completed)| invoked > completed)
-    {
+fn is_past(index: &Index<'_>, notes: &mut Notes, number: u32, read: &Operation, send: &Send) {
+    let append = index.operation(send.operation);
+    let times = append
+        .map(|append| append.invoked_ns)
+        .zip(read.completed_ns);
+    if times.is_some_and(|(invoked, completed)| invoked > completed) {
         notes.add(Kind::FromTheFuture, read.partition, || {
-            let text = format!("value {value} was read before it was sent");
-            (text, [index.show(number), index.show(sent)])
+            let text = format!("value {} was read before it was sent", send.value);
+            (text, [index.show(number), index.show(send.operation)])
         });
     }
 }
@@ -235,12 +224,11 @@ fn earlier_reading<'a>(
     let teller = Teller::Reading(reading);
     for (offset, value) in &reading.records {
         let seen = || teller.show(index, *offset, *value);
-        if !is_known(index, notes, log.number, *value, seen) {
+        let Some(send) = known(index, notes, log.number, *value, seen) else {
             continue;
-        }
+        };
         told(index, notes, outside, log, teller, (*offset, *value));
-        let found = index.send(*value).and_then(super::index::Send::found);
-        if found.is_none() && log.covers(*offset, reading.began_ns) {
+        if send.found().is_none() && log.covers(*offset, reading.began_ns) {
             notes.add(Kind::DirtyRead, log.number, || {
                 let text = format!("value {value} was read at offset {offset}, and is not found");
                 (text, [seen(), log.show(*offset)])

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use super::index::{Index, count};
-use super::logs::{acknowledged, is_known};
+use super::logs::{acknowledged, known};
 use super::report::{AnomalyKind as Kind, Notes};
 use crate::testkit::history::{AckLevel, Call, History, ReplicaDump};
 
@@ -43,7 +43,7 @@ pub(super) fn check_dumps(index: &Index<'_>, history: &History, notes: &mut Note
             }
             next = offset.saturating_add(1);
             // A value that nobody could have written diverges from the log too.
-            is_known(index, notes, dump.partition, *value, || {
+            known(index, notes, dump.partition, *value, || {
                 held(dump, *offset, *value)
             });
             match log.and_then(|log| log.at(*offset)) {

@@ -319,7 +319,7 @@ fn check_told(index: &Index<'_>, notes: &mut Notes) {
         };
         if operation
             .completed_ns
-            .is_none_or(|completed| completed > last.began_ns)
+            .is_none_or(|completed| completed >= last.began_ns)
         {
             continue;
         }
