@@ -376,6 +376,18 @@ fn a_full_disk_refuses_and_says_so() {
     );
 }
 
+/// Goal: with a disk that lies, what was synced is lost too, so that a test of a whole system can show that it would notice. Method: a
+/// sync before the lie and one after it.
+#[test]
+fn a_lying_disk_keeps_nothing() {
+    let bench = Bench::new();
+    bench.done(FILE);
+    bench.disk.ignore_syncs(true).expect("told");
+    bench.done("put f 0 SYN; sync f; create g; syncdir .");
+    bench.lose(Loss::Everything, 0);
+    assert_eq!(bench.tree(), "f=synced");
+}
+
 /// Goal: a slow disk is slow at syncs. Method: one that is timed.
 #[test]
 fn a_slow_disk_delays_syncs() {

@@ -46,8 +46,10 @@ pub mod word {
     pub const REFUSED: usize = 8;
     /// The inode of the sync that was made to fail last.
     pub const FAILED_INODE: usize = 9;
+    /// Not 0: syncs succeed and make nothing durable.
+    pub const LIE: usize = 10;
     /// How many there are.
-    pub const COUNT: usize = 10;
+    pub const COUNT: usize = 11;
 }
 
 /// What was done, in the log of a file or, for names, of a directory. Paths are relative to the root.

@@ -179,6 +179,12 @@ impl FaultDisk {
         self.set(word::SYNC_DELAY, micros)
     }
 
+    /// A disk that lies: from now on syncs succeed and make nothing durable. No store survives that with a loss of power, so it shows
+    /// whether a test would notice.
+    pub fn ignore_syncs(&self, ignore: bool) -> io::Result<()> {
+        self.set(word::LIE, u64::from(ignore))
+    }
+
     /// What the library has seen and done since the disk was created.
     pub fn counts(&self) -> io::Result<DiskCounts> {
         Ok(DiskCounts {

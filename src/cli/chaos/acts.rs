@@ -3,6 +3,7 @@
 //! Owns the sequence of a step and what is an offence against the guarantees by itself: a broker that ends without a reason, one that
 //! goes on after its disk failed, a cluster that does not come back. What was read and written is judged later.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use logboom::storage::{Verdict, fsck};
@@ -23,6 +24,8 @@ pub(super) const WHOLE_WITHIN: Duration = Duration::from_secs(90);
 const ENDS_WITHIN: Duration = Duration::from_secs(20);
 /// How long a fault that waits for a sync or a write is armed.
 const ARMED_FOR: Duration = Duration::from_secs(10);
+/// How often a broker that ended by itself is started again in a run.
+const HELPED_MAX: u32 = 2;
 /// Between two looks at the cluster.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long what a fault has left in a broker may take to show.
@@ -52,6 +55,9 @@ pub(super) struct Run<'a> {
     pub(super) deeds: Vec<Deed>,
     /// What is wrong whatever the history says.
     pub(super) problems: Vec<String>,
+    /// How often each broker that had ended was started again, and those that are not any more.
+    helped: BTreeMap<u32, u32>,
+    given_up: BTreeSet<u32>,
     /// What is done now, for the progress line.
     pub(super) now: tokio::sync::watch::Sender<String>,
     looks: Vec<Look>,
@@ -73,6 +79,8 @@ impl<'a> Run<'a> {
             stop,
             deeds: Vec::new(),
             problems: Vec::new(),
+            helped: BTreeMap::new(),
+            given_up: BTreeSet::new(),
             now,
             looks: Vec::new(),
         }
@@ -90,9 +98,16 @@ impl<'a> Run<'a> {
     /// Sees to brokers that ended though nobody made them.
     pub(super) fn tend(&mut self) -> anyhow::Result<()> {
         for id in self.field.ids() {
-            if let Some(why) = self.field.ended(id)? {
-                self.problems.push(format!("nobody had touched it: {why}"));
+            let Some(why) = self.field.ended(id)? else {
+                continue;
+            };
+            self.problems.push(format!("nobody had touched it: {why}"));
+            let helped = self.helped.entry(id).or_default();
+            *helped += 1;
+            if *helped <= HELPED_MAX {
                 self.field.start(&[id])?;
+            } else {
+                self.given_up.insert(id);
             }
         }
         Ok(())
@@ -106,9 +121,9 @@ impl<'a> Run<'a> {
             let Some(missing) = self.ground.missing().await else {
                 return Ok(true);
             };
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || !self.given_up.is_empty() {
                 let within = WHOLE_WITHIN.as_secs();
-                let text = format!("{when}: not whole again within {within} s: {missing}");
+                let text = format!("{when}: not whole within {within} s: {missing}");
                 self.problems.push(text);
                 return Ok(false);
             }
@@ -132,7 +147,7 @@ impl<'a> Run<'a> {
             if left.is_empty() {
                 return Ok(());
             }
-            if Instant::now() >= deadline {
+            if Instant::now() >= deadline || !self.given_up.is_empty() {
                 let within = WHOLE_WITHIN.as_secs();
                 self.problems.push(format!(
                     "brokers {left:?} were not heard within {within} s of their start"
@@ -238,8 +253,9 @@ impl<'a> Run<'a> {
             return Ok(true);
         }
         self.tend()?;
-        if let Some(looks) = self.ground.look().await {
-            self.looks = looks;
+        self.look().await;
+        if let Fault::Transfer { partition } = step.fault {
+            self.unbalance(partition).await?;
         }
         let kind = step.fault.kind().name();
         let target = self.describe(&step.fault);
@@ -269,11 +285,17 @@ impl<'a> Run<'a> {
                 flips,
                 seed,
             } => self.bitrot(broker, flips, seed).await?,
-            Fault::Transfer { partition } => self.transfer(partition).await?,
+            Fault::Transfer { .. } => self.transfer().await?,
             Fault::Reassign { partition, seed } => self.reassign(partition, seed).await?,
         };
         self.end(kind, target, began, effect, note);
         Ok(self.problems.len() == problems)
+    }
+
+    async fn look(&mut self) {
+        if let Some(looks) = self.ground.look().await {
+            self.looks = looks;
+        }
     }
 
     fn begin(&self, kind: &str, target: &str) -> (u64, Vec<FaultId>) {
@@ -414,12 +436,20 @@ impl<'a> Run<'a> {
         };
         let before = self.field.disk(id)?.counts()?.writes_refused;
         let Some(room) = room else {
-            let (_, refused, _) = self.ground.counts();
             self.field.disk(id)?.limit_free(Some(RESERVE_BYTES / 2))?;
-            self.sleep(lasts + SPACE_SEEN).await;
+            self.sleep(SPACE_SEEN).await;
+            self.look().await;
+            let before: Vec<Look> = self.led_by(id).cloned().collect();
+            self.sleep(lasts).await;
+            self.look().await;
             self.field.disk(id)?.limit_free(None)?;
-            let refused = self.ground.counts().1 - refused;
-            return Ok((true, format!("{refused} requests refused")));
+            // Clients repeat what is refused: that nothing was appended is what shows.
+            let still = self
+                .led_by(id)
+                .filter(|look| look.end.is_some() && before.contains(look))
+                .count();
+            let note = format!("{still} partitions took nothing");
+            return Ok((still > 0, note));
         };
         self.field.disk(id)?.limit_free(Some(room))?;
         let hit = self.risen(id, before, false).await?;
@@ -490,46 +520,48 @@ impl<'a> Run<'a> {
         Ok((!hit.is_empty(), format!("{note} ({})", hit.join(", "))))
     }
 
-    /// Moves a leader away by a pause where it is at home, then hands leadership back.
-    async fn transfer(&mut self, partition: u32) -> Came {
+    /// The partitions that a broker led when they were last looked at.
+    fn led_by(&self, id: u32) -> impl Iterator<Item = &Look> {
+        self.looks
+            .iter()
+            .filter(move |look| look.leader == Some(id))
+    }
+
+    /// Sees to it that a partition is not led by its preferred leader, so that there is something to hand back.
+    async fn unbalance(&mut self, partition: u32) -> anyhow::Result<()> {
         let look = self.looks.iter().find(|look| look.number == partition);
-        let Some(look) = look.filter(|look| look.replicas.len() > 1).cloned() else {
-            return Ok((false, "there is nobody else to lead".to_owned()));
+        let home = look.and_then(|look| look.replicas.first().copied());
+        let Some(leader) = look
+            .and_then(|look| look.leader)
+            .filter(|id| Some(*id) == home)
+        else {
+            return Ok(());
         };
-        let home = look.replicas.first().copied();
-        if let Some(leader) = look.leader.filter(|leader| Some(*leader) == home) {
-            self.field.pause(leader)?;
-            let moved = self.looks_until(|looks| {
-                let now = looks.iter().find(|look| look.number == partition);
-                now.is_some_and(|look| look.leader.is_some_and(|now| now != leader))
-            });
-            let moved = moved.await;
-            self.field.go_on(leader)?;
-            if !moved {
-                return Ok((false, "nobody else came to lead".to_owned()));
-            }
-            self.whole("before a transfer").await?;
-        }
+        self.field.kill(&[leader]).await?;
+        self.looks_until(|looks| {
+            let now = looks.iter().find(|look| look.number == partition);
+            now.is_some_and(|look| look.leader.is_some_and(|now| now != leader))
+        })
+        .await;
+        self.back(&[leader]).await?;
+        self.whole("before a transfer").await?;
+        Ok(())
+    }
+
+    /// Hands leadership back to preferred leaders.
+    async fn transfer(&mut self) -> Came {
         let deadline = Instant::now() + ARMED_FOR;
-        loop {
-            let admin = self.ground.client.admin();
-            let asked = tokio::time::timeout(ARMED_FOR, admin.elect_leaders()).await;
-            if let Ok(Ok(moved)) = asked
+        while Instant::now() < deadline && !self.stop.is_cancelled() {
+            let admin = self.ground.onlooker.admin();
+            // An answer that does not come is asked for again: to hand back twice does no harm.
+            if let Ok(moved) = admin.elect_leaders().await
                 && !moved.is_empty()
             {
-                let home_again = self.looks_until(|looks| {
-                    looks
-                        .iter()
-                        .any(|look| look.number == partition && look.leader == home)
-                });
-                let back = home_again.await;
-                return Ok((back, format!("{} partitions handed back", moved.len())));
-            }
-            if Instant::now() >= deadline || self.stop.is_cancelled() {
-                return Ok((false, "there was nothing to hand back".to_owned()));
+                return Ok((true, format!("{} partitions handed back", moved.len())));
             }
             tokio::time::sleep(LOOK).await;
         }
+        Ok((false, "there was nothing to hand back".to_owned()))
     }
 
     async fn looks_until(&self, is_so: impl Fn(&[Look]) -> bool) -> bool {

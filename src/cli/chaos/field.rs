@@ -202,6 +202,12 @@ impl Field {
         Ok(())
     }
 
+    /// Whether the disks make nothing durable from now on.
+    pub(super) fn disks_lie(&self, lie: bool) -> anyhow::Result<()> {
+        let mut disks = self.disks.iter();
+        Ok(disks.try_for_each(|disk| disk.ignore_syncs(lie))?)
+    }
+
     /// Mends the network and all disks.
     pub(super) fn heal(&mut self) -> anyhow::Result<()> {
         self.links.heal_all();

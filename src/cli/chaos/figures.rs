@@ -103,6 +103,7 @@ pub(super) fn silences<'a>(
 }
 
 /// Records acknowledged with acks=all, and those of them that the final log does not hold at the offset they were acknowledged at.
+/// Of a partition that could not be read in the end nothing is known to be lost.
 pub(super) fn acknowledged_and_lost(history: &History) -> (u64, u64) {
     let mut held: BTreeSet<(u32, u64, u64)> = BTreeSet::new();
     let mut starts: BTreeMap<u32, u64> = BTreeMap::new();
@@ -122,11 +123,11 @@ pub(super) fn acknowledged_and_lost(history: &History) -> (u64, u64) {
         if *acks != AckLevel::All {
             continue;
         }
-        let start = starts.get(&operation.partition).copied().unwrap_or(0);
+        let start = starts.get(&operation.partition).copied();
         for (offset, value) in (*base..).zip(values) {
             acknowledged += 1;
-            let trimmed = offset < start;
-            if !trimmed && !held.contains(&(operation.partition, offset, *value)) {
+            let expected = start.is_some_and(|start| offset >= start);
+            if expected && !held.contains(&(operation.partition, offset, *value)) {
                 lost += 1;
             }
         }
@@ -228,11 +229,14 @@ mod tests {
         assert_eq!(Times::of(Vec::new()).max_ms, 0);
     }
 
-    /// Goal: a record that is missing, elsewhere or another one is lost; a trimmed one is not. Method: one of each.
+    /// Goal: a record that is missing, elsewhere or another one is lost; a trimmed one is not, nor one of a log nobody read. Method: one of
+    /// each.
     #[test]
     fn lost_records_are_counted() {
+        let mut operations: Vec<_> = (0..5).map(|at| appended(0, at, at, 100 + at)).collect();
+        operations.push(appended(1, 9, 0, 7));
         let history = History {
-            operations: (0..5).map(|at| appended(0, at, at, 100 + at)).collect(),
+            operations,
             logs: vec![FinalLog {
                 log_start: 1,
                 records: vec![(1, 101), (2, 999), (4, 103)],
@@ -240,7 +244,7 @@ mod tests {
             }],
             ..History::default()
         };
-        assert_eq!(acknowledged_and_lost(&history), (5, 3));
+        assert_eq!(acknowledged_and_lost(&history), (6, 3));
     }
 
     /// Goal: another leader is a change, the same one in a new epoch is none. Method: three epochs.

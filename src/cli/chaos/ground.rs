@@ -40,6 +40,8 @@ pub(super) struct Look {
     /// The preferred leader first.
     pub(super) replicas: Vec<u32>,
     pub(super) isr: Vec<u32>,
+    /// Offset the next record gets, as far as anybody answers for it.
+    pub(super) end: Option<u64>,
 }
 
 impl Look {
@@ -121,6 +123,7 @@ impl Ground {
                     epoch: partition.epoch.0,
                     replicas: ids(partition.replicas.iter().map(|replica| replica.broker)),
                     isr: ids(partition.isr.iter().copied()),
+                    end: partition.end_offset.map(|offset| offset.0),
                 };
                 if let Some(leader) = look.leader {
                     let number = partition.partition.0;

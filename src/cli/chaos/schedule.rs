@@ -314,7 +314,8 @@ impl Schedule {
             Kind::Diskfull => {
                 let refuses = self.chance.random_ratio(1, 2);
                 Fault::Diskfull {
-                    target: self.one(),
+                    // Only a leader is asked to append.
+                    target: Target::LeaderOf(self.partition()),
                     room: (!refuses).then(|| self.chance.random_range(0..64 << 10)),
                 }
             }
