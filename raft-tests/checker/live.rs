@@ -84,6 +84,6 @@ async fn a_failover_under_load_is_recorded_and_judged_clean() {
             .filter(|one| one.call == Call::LinearizableEnd && is_end(&one.outcome))
             .count(),
     ];
-    println!("producers, plain, fetches, ends, linearizable ends: {kinds:?}");
+    println!("producers, plain, fenced, fencing, fetches, ends, linearizable ends: {kinds:?}");
     assert!(kinds.iter().all(|count| *count > 10), "{kinds:?}");
 }

@@ -3,6 +3,7 @@
 //! - `reference`: an executable reference that records right histories; `clean`: they pass.
 //! - `mutant`, `mutators`, `damaged`: at least three ways to damage a history for every kind of anomaly, each found and named.
 //! - `oracle`: small histories, judged also by trying every order.
+//! - `exact`: figures, and the edges of time and offset.
 //! - `verdicts`: what proves nothing is invalid. `wild`: any file is read or refused.
 //! - `live`: a cluster in this process, hurt while the workload runs.
 
@@ -17,6 +18,7 @@
 
 mod clean;
 mod damaged;
+mod exact;
 mod live;
 mod mutant;
 mod mutators;

@@ -138,7 +138,8 @@ pub const STRANGE_VALUE: u64 = u64::MAX;
 /// Something was broken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultEvent {
-    /// What kind: `kill`, `pause`, `partition`, …
+    /// What kind: `kill`, `pause`, `partition`, … The checker knows those after which a copy may be gone or elsewhere, see
+    /// [`COPY_LOSING_FAULTS`](super::checker::COPY_LOSING_FAULTS); the others are only counted.
     pub kind: String,
     /// What was hit, for a person.
     pub target: String,
