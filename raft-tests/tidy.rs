@@ -231,7 +231,7 @@ fn foreign_crates_stay_in_their_place() {
 /// Goal: every file says what it owns. Method: its first line.
 #[test]
 fn every_file_has_a_header() {
-    let all = ["src", "raft-tests", "examples", "benches"]
+    let all = ["src", "raft-tests", "examples", "benches", "faultfs"]
         .into_iter()
         .flat_map(sources);
     let missing: Vec<String> = all.filter(|path| !read(path).starts_with("//! ")).collect();

@@ -45,6 +45,8 @@ pub(super) struct Deed {
     /// Whether it did what it is meant to do.
     pub(super) effect: bool,
     pub(super) note: String,
+    /// The partition, among all of the run, whose leader was killed in a whole cluster.
+    pub(super) failover_of: Option<u32>,
 }
 
 /// A run under way.
@@ -261,6 +263,10 @@ impl<'a> Run<'a> {
         let target = self.describe(&step.fault);
         self.now.send_replace(format!("{kind} {target}"));
         let began = self.begin(kind, &target);
+        let failover_of = match step.fault {
+            Fault::Kill(Target::LeaderOf(partition)) if step.settled => Some(partition),
+            _ => None,
+        };
         let problems = self.problems.len();
         let (effect, note) = match step.fault {
             Fault::Kill(target) => self.kill(target, step.lasts).await?,
@@ -288,7 +294,21 @@ impl<'a> Run<'a> {
             Fault::Transfer { .. } => self.transfer().await?,
             Fault::Reassign { partition, seed } => self.reassign(partition, seed).await?,
         };
-        self.end(kind, target, began, effect, note);
+        let (began_ns, ids) = began;
+        let mut ended_ns = began_ns;
+        for (topic, id) in self.ground.topics.iter().zip(ids) {
+            topic.recorder.fault_ended(id);
+            ended_ns = topic.recorder.now_ns();
+        }
+        self.deeds.push(Deed {
+            kind,
+            target,
+            began_ns,
+            ended_ns,
+            effect,
+            note,
+            failover_of,
+        });
         Ok(self.problems.len() == problems)
     }
 
@@ -305,29 +325,6 @@ impl<'a> Run<'a> {
             began,
             recorders.map(|one| one.fault_began(kind, target)).collect(),
         )
-    }
-
-    fn end(
-        &mut self,
-        kind: &'static str,
-        target: String,
-        (began_ns, ids): (u64, Vec<FaultId>),
-        effect: bool,
-        note: String,
-    ) {
-        let mut ended_ns = began_ns;
-        for (topic, id) in self.ground.topics.iter().zip(ids) {
-            topic.recorder.fault_ended(id);
-            ended_ns = topic.recorder.now_ns();
-        }
-        self.deeds.push(Deed {
-            kind,
-            target,
-            began_ns,
-            ended_ns,
-            effect,
-            note,
-        });
     }
 
     async fn kill(&mut self, target: Target, lasts: Duration) -> Came {

@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use logboom::testkit::history::{AckLevel, Call, FaultEvent, History, Outcome};
+use logboom::testkit::history::{AckLevel, Call, FaultEvent, History, Operation, Outcome};
 use serde::Serialize;
 
 /// A distribution of times, in ms.
@@ -38,15 +38,7 @@ impl Times {
 pub(super) fn acknowledgements(history: &History) -> BTreeMap<u32, Vec<u64>> {
     let mut found: BTreeMap<u32, Vec<u64>> = BTreeMap::new();
     for operation in &history.operations {
-        let all = matches!(
-            operation.call,
-            Call::Append {
-                acks: AckLevel::All,
-                ..
-            }
-        );
-        let answered = operation.completed_ns;
-        if let (true, Outcome::Appended { .. }, Some(at)) = (all, &operation.outcome, answered) {
+        if let (true, Some(at)) = (is_acknowledged(operation), operation.completed_ns) {
             found.entry(operation.partition).or_default().push(at);
         }
     }
@@ -102,6 +94,45 @@ pub(super) fn silences<'a>(
         .collect()
 }
 
+/// From each of `moments` (a partition and a time) to the first acknowledgement of an append to that partition that was asked for after it. One that
+/// never came is not counted.
+pub(super) fn failovers(history: &History, moments: &[(u32, u64)]) -> Vec<u64> {
+    let mut asked: BTreeMap<u32, Vec<(u64, u64)>> = BTreeMap::new();
+    for operation in &history.operations {
+        if let (true, Some(at)) = (is_acknowledged(operation), operation.completed_ns) {
+            let of_partition = asked.entry(operation.partition).or_default();
+            of_partition.push((operation.invoked_ns, at));
+        }
+    }
+    for times in asked.values_mut() {
+        times.sort_unstable();
+    }
+    let first = |(partition, moment): &(u32, u64)| {
+        let times = asked.get(partition)?;
+        let from = times.partition_point(|(invoked, _)| invoked < moment);
+        let mut best = u64::MAX;
+        for (invoked, completed) in times.get(from..)? {
+            if *invoked > best {
+                break;
+            }
+            best = best.min(*completed);
+        }
+        (best != u64::MAX).then(|| best - moment)
+    };
+    moments.iter().filter_map(first).collect()
+}
+
+fn is_acknowledged(operation: &Operation) -> bool {
+    let all = matches!(
+        operation.call,
+        Call::Append {
+            acks: AckLevel::All,
+            ..
+        }
+    );
+    all && matches!(operation.outcome, Outcome::Appended { .. })
+}
+
 /// Records acknowledged with acks=all, and those of them that the final log does not hold at the offset they were acknowledged at.
 /// Of a partition that could not be read in the end nothing is known to be lost.
 pub(super) fn acknowledged_and_lost(history: &History) -> (u64, u64) {
@@ -148,7 +179,7 @@ pub(super) fn leader_changes(history: &History) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use logboom::testkit::history::{FinalLog, LeaderSeen, Operation};
+    use logboom::testkit::history::{FinalLog, LeaderSeen};
 
     fn appended(partition: u32, at: u64, base: u64, value: u64) -> Operation {
         Operation {
@@ -219,6 +250,26 @@ mod tests {
             max_ms: 4_000,
         };
         assert_eq!(found, BTreeMap::from([("kill".to_owned(), expected)]));
+    }
+
+    /// Goal: a failover ends with the first acknowledgement of what was asked for after the kill: an answer that was under way is none. Method:
+    /// one such answer, and two later appends of which the second is faster.
+    #[test]
+    fn a_failover_ends_with_a_new_append() {
+        let asked = |invoked_ns, at| Operation {
+            invoked_ns,
+            ..appended(0, at, 0, 1)
+        };
+        let history = History {
+            operations: vec![
+                asked(90, 101),
+                asked(102, 190),
+                asked(110, 150),
+                asked(160, 170),
+            ],
+            ..History::default()
+        };
+        assert_eq!(failovers(&history, &[(0, 100), (0, 300), (1, 100)]), [50]);
     }
 
     /// Goal: percentiles are those of the sorted times. Method: 1 to 200 ms.

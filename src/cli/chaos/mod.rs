@@ -33,6 +33,7 @@ use tokio_util::sync::CancellationToken;
 
 use self::acts::Run;
 use self::field::Field;
+use self::figures::Times;
 use self::ground::{Ground, PARTITIONS};
 use self::report::{Outcome, Report};
 use self::schedule::{Kind, Plan, Schedule, Scope, Wanted};
@@ -127,6 +128,11 @@ impl Settings {
         let cannot = |kind: Kind| {
             if kind.needs_fault_disk() && !fault_disks {
                 return Some("needs Linux with glibc on 64 bits".to_owned());
+            }
+            if kind == Kind::Reassign {
+                return Some(
+                    "is not possible: the replicas of a partition stay where they are".to_owned(),
+                );
             }
             if brokers < kind.brokers_min() {
                 return Some(format!("needs at least {} brokers", kind.brokers_min()));
@@ -392,6 +398,16 @@ async fn story(
         let judged = checker::check(history, &coverage(settings, began.elapsed()));
         report.add(name, history, judged);
     }
+    let mut failovers = Vec::new();
+    for ((_, history), first) in histories.iter().zip((0..).step_by(PARTITIONS as usize)) {
+        let of_topic = |deed: &acts::Deed| {
+            let partition = deed.failover_of?.checked_sub(first)?;
+            (partition < PARTITIONS).then_some((partition, deed.began_ns))
+        };
+        let moments: Vec<(u32, u64)> = report.deeds.iter().filter_map(of_topic).collect();
+        failovers.extend(figures::failovers(history, &moments));
+    }
+    report.failovers = Times::of(failovers);
     report.silences = figures::silences(histories.iter().map(|(_, history)| history));
     report.conclude(settings.faults.iter().map(|wanted| wanted.kind));
     write_files(directory, &histories, &report, &settings.replay())?;

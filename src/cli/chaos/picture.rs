@@ -346,6 +346,7 @@ mod tests {
             ended_ns: 4,
             effect: true,
             note: String::new(),
+            failover_of: None,
         };
         let svg = draw(&[("chaos-3".to_owned(), history)], &[deed]);
         for part in [

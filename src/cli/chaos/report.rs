@@ -55,6 +55,8 @@ pub(super) struct Report {
     pub(super) election_timeout_ms: [u64; 2],
     /// Per kind of fault, the longest time without an acknowledgement of the partition that was silent longest.
     pub(super) silences: BTreeMap<String, Times>,
+    /// Kills of a leader in a whole cluster: until its partition acknowledged what was asked for afterwards.
+    pub(super) failovers: Times,
     pub(super) anomalies: Vec<String>,
     pub(super) problems: Vec<String>,
     pub(super) gaps: Vec<String>,
@@ -85,6 +87,7 @@ impl Report {
             faults,
             election_timeout_ms: [0; 2],
             silences: BTreeMap::new(),
+            failovers: Times::of(Vec::new()),
             anomalies: Vec::new(),
             problems: Vec::new(),
             gaps: Vec::new(),
@@ -164,6 +167,7 @@ impl Report {
             .map(|(kind, fired)| format!("{kind} {}", fired.effective))
             .collect();
         let [from, to] = self.election_timeout_ms;
+        let failovers = &self.failovers;
         vec![
             format!(
                 "{} brokers, {} copies, {} s, seed {}",
@@ -178,7 +182,10 @@ impl Report {
                 self.acknowledged, self.lost
             ),
             format!("faults that had their effect: {}", injected.join(", ")),
-            format!("election timeout: {from} to {to} ms"),
+            format!(
+                "failovers after the kill of a leader: {}, p50 {} ms, p99 {} ms, max {} ms; election timeout {from} to {to} ms",
+                failovers.count, failovers.p50_ms, failovers.p99_ms, failovers.max_ms
+            ),
         ]
     }
 
@@ -319,6 +326,7 @@ mod tests {
             ended_ns: 2_000_000_000,
             effect,
             note: String::new(),
+            failover_of: None,
         }
     }
 

@@ -82,6 +82,7 @@ impl fmt::Display for Kind {
 pub(super) enum Scope {
     /// Mostly one, now and then all.
     Either,
+    /// Always a leader, of a whole cluster.
     One,
     All,
 }
@@ -273,7 +274,8 @@ impl Schedule {
 
     fn hit(&mut self, scope: Scope) -> Target {
         let all = match scope {
-            Scope::One => false,
+            // What is asked for is a failover.
+            Scope::One => return Target::LeaderOf(self.partition()),
             Scope::All => true,
             Scope::Either => self.chance.random_ratio(1, 4),
         };
@@ -353,6 +355,7 @@ impl Iterator for Schedule {
         let fault = self.fault(wanted);
         // Half of the others meet a cluster that has not recovered from the one before.
         let settled = self.chance.random_ratio(1, 2)
+            || wanted.scope == Scope::One
             || matches!(fault.kind(), Kind::Bitrot | Kind::Transfer | Kind::Reassign);
         let calm = self.millis(100, 800);
         let lasts = match fault.kind() {
@@ -460,6 +463,20 @@ mod tests {
             "SlowDisk {",
         ] {
             assert!(variants.contains_key(variant), "{variant}: {variants:?}");
+        }
+    }
+
+    /// Goal: whoever asks for kills of one broker gets failovers that can be measured. Method: many steps.
+    #[test]
+    fn one_is_the_leader_of_a_whole_cluster() {
+        let mut plan = plan(3);
+        plan.faults = vec![Wanted::parse("kill-one").unwrap()];
+        for step in Schedule::new(9, plan).take(200) {
+            assert!(step.settled, "{step:?}");
+            assert!(
+                matches!(step.fault, Fault::Kill(Target::LeaderOf(_))),
+                "{step:?}"
+            );
         }
     }
 
