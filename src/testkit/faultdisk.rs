@@ -11,6 +11,7 @@
 //! ```
 
 #[allow(dead_code, unreachable_pub)] // shared with the library, which uses the other half of it
+#[allow(clippy::cast_possible_truncation)] // byte by byte
 #[path = "../../faultfs/src/format.rs"]
 mod format;
 

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use logboom::storage::{Verdict, fsck};
-use logboom::testkit::recorder::FaultId;
+use logboom::testkit::recorder::{FaultId, Recorder};
 use logboom::types::BrokerId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
@@ -292,7 +292,7 @@ impl<'a> Run<'a> {
                 seed,
             } => self.bitrot(broker, flips, seed).await?,
             Fault::Transfer { .. } => self.transfer().await?,
-            Fault::Reassign { partition, seed } => self.reassign(partition, seed).await?,
+            Fault::Reassign { .. } => (false, "replicas cannot be moved".to_owned()),
         };
         let (began_ns, ids) = began;
         let mut ended_ns = began_ns;
@@ -320,7 +320,7 @@ impl<'a> Run<'a> {
 
     fn begin(&self, kind: &str, target: &str) -> (u64, Vec<FaultId>) {
         let recorders = self.ground.topics.iter().map(|topic| &topic.recorder);
-        let began = recorders.clone().next().map_or(0, |one| one.now_ns());
+        let began = recorders.clone().next().map_or(0, Recorder::now_ns);
         (
             began,
             recorders.map(|one| one.fault_began(kind, target)).collect(),
@@ -581,9 +581,5 @@ impl<'a> Run<'a> {
         let ids = self.field.ids();
         self.field.start(&ids)?;
         self.whole("after all faults").await
-    }
-
-    async fn reassign(&mut self, _partition: u32, _seed: u64) -> Came {
-        Ok((false, "not yet".to_owned()))
     }
 }

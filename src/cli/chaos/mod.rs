@@ -12,8 +12,9 @@ mod report;
 mod schedule;
 
 use std::collections::BTreeMap;
+use std::fmt::Write as _;
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -183,7 +184,7 @@ impl Settings {
 
     /// The command that makes the same schedule again.
     fn replay(&self) -> String {
-        let names: Vec<String> = self.faults.iter().map(Wanted::name).collect();
+        let names: Vec<String> = self.faults.iter().map(|wanted| wanted.name()).collect();
         let length = match (self.count, self.time) {
             (Some(count), _) => format!("--count {count}"),
             (None, time) => {
@@ -255,13 +256,11 @@ fn finish(
     report: &Report,
 ) -> anyhow::Result<ExitCode> {
     let mut text = report.text();
-    text.push_str(&format!(
-        "replay: {}\n        (the faults and their order come from the seed; how the processes interleave does not, so a failure may need several runs)\n",
-        settings.replay()
-    ));
+    writeln!(text, "replay: {}\n        (the faults and their order come from the seed; how the processes interleave does not, so a failure may need several runs)",
+        settings.replay()).ok();
     let passed = report.outcome == Outcome::Passed;
     if !passed || !directory.is_temporary() {
-        text.push_str(&format!("{}\n", directory.keep()));
+        writeln!(text, "{}", directory.keep()).ok();
     }
     let shown = output::text(&text).and_then(|()| {
         if args.json {

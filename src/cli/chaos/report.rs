@@ -108,7 +108,7 @@ impl Report {
             let (kind, partition, text) = (anomaly.kind, anomaly.partition, anomaly.text);
             let mut line = format!("{name}/{partition}: {kind}: {text}");
             for witness in anomaly.witness {
-                write!(line, "\n    {witness}").unwrap_or_default();
+                write!(line, "\n    {witness}").ok();
             }
             self.anomalies.push(line);
         }
@@ -228,10 +228,7 @@ impl Report {
         if rows.len() > PRINTED {
             let left = rows.len() - PRINTED;
             rows.drain(..left);
-            text.push_str(&format!(
-                "the last {PRINTED} faults of {}:\n",
-                PRINTED + left
-            ));
+            writeln!(text, "the last {PRINTED} faults of {}:", PRINTED + left).ok();
         }
         text.push_str(&output::table(TIMELINE, &rows));
         if !self.silences.is_empty() {
@@ -241,16 +238,16 @@ impl Report {
         text.push('\n');
         for (what, lines) in self.wrong() {
             for line in lines.iter().take(SHOWN) {
-                text.push_str(&format!("{what}: {line}\n"));
+                writeln!(text, "{what}: {line}").ok();
             }
             if let Some(more) = lines.len().checked_sub(SHOWN).filter(|more| *more > 0) {
-                text.push_str(&format!("{what}: and {more} more\n"));
+                writeln!(text, "{what}: and {more} more").ok();
             }
         }
         for line in self.lines() {
-            text.push_str(&format!("{line}\n"));
+            writeln!(text, "{line}").ok();
         }
-        text.push_str(&format!("verdict: {}\n", self.verdict()));
+        writeln!(text, "verdict: {}", self.verdict()).ok();
         text
     }
 
@@ -284,12 +281,12 @@ impl Report {
             escaped(self.verdict())
         );
         for line in self.lines() {
-            body.push_str(&format!("<p>{}</p>\n", escaped(&line)));
+            writeln!(body, "<p>{}</p>", escaped(&line)).ok();
         }
         for (what, lines) in self.wrong() {
             for line in lines {
                 let line = escaped(line);
-                body.push_str(&format!("<pre>{what}: {line}</pre>\n"));
+                writeln!(body, "<pre>{what}: {line}</pre>").ok();
             }
         }
         body.push_str(svg);
@@ -297,10 +294,7 @@ impl Report {
         body.push_str(&table(SILENCES, self.silence_rows()));
         body.push_str("<h2>Faults</h2>\n");
         body.push_str(&table(TIMELINE, self.timeline_rows()));
-        body.push_str(&format!(
-            "<h2>Replay</h2>\n<pre>{}</pre>\n",
-            escaped(replay)
-        ));
+        writeln!(body, "<h2>Replay</h2>\n<pre>{}</pre>", escaped(replay)).ok();
         format!(
             "<!doctype html>\n<html lang=\"en\"><head><meta charset=\"utf-8\"><title>logboom chaos</title>\n<style>{STYLE}</style></head><body>\n{body}</body></html>\n"
         )

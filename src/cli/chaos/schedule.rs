@@ -96,7 +96,7 @@ pub(super) struct Wanted {
 
 impl Wanted {
     /// As on the command line.
-    pub(super) fn name(&self) -> String {
+    pub(super) fn name(self) -> String {
         let kind = self.kind;
         match self.scope {
             Scope::Either => kind.to_string(),
