@@ -322,7 +322,13 @@ mod tests {
         let reason = String::new();
         let history = History {
             operations: vec![
-                operation(1, Outcome::End { end: 1 }),
+                operation(
+                    1,
+                    Outcome::End {
+                        end: 1,
+                        epoch: None,
+                    },
+                ),
                 operation(
                     2,
                     Outcome::Failed {

@@ -427,7 +427,11 @@ mod tests {
             };
             for step in Schedule::new(u64::from(brokers), plan(brokers)).take(2_000) {
                 let text = format!("{:?}", step.fault);
-                let variant = text.split([' ', '(']).take(2).collect::<Vec<_>>().join(" ");
+                let variant = text
+                    .split([' ', '(', ')'])
+                    .take(2)
+                    .collect::<Vec<_>>()
+                    .join(" ");
                 *variants.entry(variant).or_default() += 1;
                 assert!(step.calm < Duration::from_secs(1), "{step:?}");
                 assert!(step.lasts <= Duration::from_secs(4), "{step:?}");
