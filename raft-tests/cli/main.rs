@@ -8,5 +8,6 @@
 mod support;
 
 mod alone;
+mod chaos;
 mod check;
 mod whole;

@@ -3,7 +3,7 @@
 //! Owns the children. None outlives this process: they are killed when dropped, and when this process is killed itself the end of
 //! their standard input tells them to stop.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::fs::{self, File};
 use std::net::TcpListener;
 use std::path::{Path, PathBuf};
@@ -23,9 +23,16 @@ const READY_WITHIN: Duration = Duration::from_secs(30);
 /// One broker's process.
 pub(super) struct BrokerProcess {
     pub(super) id: u32,
+    /// Where others reach it.
     pub(super) address: String,
+    /// Where it listens: the same, unless something stands in between.
+    pub(super) listen: String,
     pub(super) directory: PathBuf,
-    log: PathBuf,
+    pub(super) log: PathBuf,
+    /// Further words of its command line.
+    pub(super) arguments: Vec<OsString>,
+    /// Further variables of its environment.
+    pub(super) environment: Vec<(OsString, OsString)>,
     bootstrap: String,
     child: Option<Child>,
 }
@@ -40,7 +47,7 @@ pub(super) struct Brokers {
 pub(super) enum Ports {
     /// From this one on.
     From(u16),
-    /// Any that are free.
+    /// Any that are free, and that the kernel does not give to outgoing connections: a broker that is down keeps its port.
     Free,
 }
 
@@ -48,22 +55,32 @@ impl Brokers {
     /// Brokers 1 to `count` with their data below `directory`, not yet running.
     pub(super) fn prepare(count: u32, directory: &Path, ports: Ports) -> anyhow::Result<Self> {
         let addresses = addresses(count, ports)?;
-        let listed = addresses
-            .iter()
-            .take(5)
-            .map(|(id, address)| format!("{id}@{address}"));
-        let bootstrap = listed.collect::<Vec<_>>().join(",");
-        let broker = |(id, address)| BrokerProcess {
+        let broker = |(id, address): (u32, String)| BrokerProcess {
             id,
+            listen: address.clone(),
             address,
             directory: directory.join(format!("broker-{id}")),
             log: directory.join(format!("broker-{id}.log")),
-            bootstrap: bootstrap.clone(),
+            arguments: Vec::new(),
+            environment: Vec::new(),
+            bootstrap: String::new(),
             child: None,
         };
-        Ok(Self {
+        let mut brokers = Self {
             brokers: addresses.into_iter().map(broker).collect(),
-        })
+        };
+        brokers.introduce();
+        Ok(brokers)
+    }
+
+    /// Tells all of them where the first five are reached.
+    pub(super) fn introduce(&mut self) {
+        let first = self.brokers.iter().take(5);
+        let listed = first.map(|broker| format!("{}@{}", broker.id, broker.address));
+        let bootstrap = listed.collect::<Vec<_>>().join(",");
+        for broker in &mut self.brokers {
+            broker.bootstrap.clone_from(&bootstrap);
+        }
     }
 
     /// The addresses, as a client wants them.
@@ -166,8 +183,11 @@ impl BrokerProcess {
         let child = command
             .args(["serve", "--exit-with-parent"])
             .args(["--broker-id", &self.id.to_string()])
-            .args(["--listen", &self.address])
+            .args(["--listen", &self.listen])
+            .args(["--advertise", &self.address])
             .args(["--bootstrap", &self.bootstrap])
+            .args(&self.arguments)
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
             .args([OsStr::new("--data-dir"), self.directory.as_os_str()])
             .stdin(Stdio::piped())
             .stdout(Stdio::null())
@@ -191,6 +211,11 @@ impl BrokerProcess {
             .with_context(|| format!("cannot kill broker {id}"))
     }
 
+    /// The process's number, while there is one.
+    pub(super) fn process(&self) -> Option<u32> {
+        self.child.as_ref().and_then(Child::id)
+    }
+
     /// Waits for a process that was killed.
     pub(super) async fn wait(&mut self) {
         if let Some(mut child) = self.child.take() {
@@ -199,7 +224,8 @@ impl BrokerProcess {
         }
     }
 
-    async fn stop(&mut self) {
+    /// Stops it in order, and kills it when it does not stop.
+    pub(super) async fn stop(&mut self) {
         let Some(mut child) = self.child.take() else {
             return;
         };
@@ -214,7 +240,8 @@ impl BrokerProcess {
         }
     }
 
-    fn check(&mut self) -> anyhow::Result<()> {
+    /// Fails when it should run and has ended.
+    pub(super) fn check(&mut self) -> anyhow::Result<()> {
         let Some(child) = &mut self.child else {
             return Ok(());
         };
@@ -242,21 +269,40 @@ fn addresses(count: u32, ports: Ports) -> anyhow::Result<Vec<(u32, String)>> {
     let mut held = Vec::new();
     let mut addresses = Vec::new();
     for id in 1..=count {
-        let port = match ports {
-            Ports::Free => 0,
-            Ports::From(first) => u16::try_from(id - 1)
-                .ok()
-                .and_then(|step| first.checked_add(step))
-                .context("the ports would go beyond 65535; use a lower --port")?,
-        };
         // Held until all are known, so that no two are the same; a port in use is found before anything is started.
-        let listener = TcpListener::bind(("127.0.0.1", port)).with_context(|| {
-            format!("port {port} of 127.0.0.1 cannot be used; use another --port")
-        })?;
+        let listener = match ports {
+            Ports::Free => free_port()?,
+            Ports::From(first) => {
+                let port = u16::try_from(id - 1)
+                    .ok()
+                    .and_then(|step| first.checked_add(step))
+                    .context("the ports would go beyond 65535; use a lower --port")?;
+                TcpListener::bind(("127.0.0.1", port)).with_context(|| {
+                    format!("port {port} of 127.0.0.1 cannot be used; use another --port")
+                })?
+            }
+        };
         addresses.push((id, listener.local_addr()?.to_string()));
         held.push(listener);
     }
     Ok(addresses)
+}
+
+/// Below those that Linux gives to outgoing connections.
+const PORTS: std::ops::Range<u16> = 10_000..32_000;
+/// Free ones that are looked for before the search is given up.
+const PORTS_TRIED: u32 = 1_000;
+
+fn free_port() -> anyhow::Result<TcpListener> {
+    let span = u64::from(PORTS.end - PORTS.start);
+    for _ in 0..PORTS_TRIED {
+        // By chance, so that commands started side by side rarely meet.
+        let step = u16::try_from(logboom::runtime::random_seed() % span)?;
+        if let Ok(listener) = TcpListener::bind(("127.0.0.1", PORTS.start + step)) {
+            return Ok(listener);
+        }
+    }
+    anyhow::bail!("found no free port from {} to {}", PORTS.start, PORTS.end)
 }
 
 #[cfg(test)]

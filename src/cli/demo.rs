@@ -7,8 +7,6 @@ mod report;
 mod stream;
 mod text;
 
-use std::cell::Cell;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -16,7 +14,6 @@ use std::time::Duration;
 use anyhow::Context;
 use clap::Args;
 use logboom::client::{Client, NewTopic};
-use logboom::runtime;
 use logboom::types::LeaderEpoch;
 use tokio::sync::watch;
 use tokio::time::Instant;
@@ -28,8 +25,9 @@ use self::report::{
 use self::stream::{Killed, Progress, Signals, read_back, stream_in};
 use self::text::{Text, prepare_text};
 use super::children::{Brokers, Ports};
+use super::directory::Directory;
 use super::progress::Board;
-use super::{Usage, asked_to_stop, output, topics};
+use super::{asked_to_stop, output, topics};
 
 #[derive(Debug, Args)]
 pub(super) struct DemoArgs {
@@ -54,7 +52,7 @@ const LINE_BYTES_DEFAULT: usize = 1_048_588 - 256;
 const WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
-    let directory = Directory::make(args.data.as_deref())?;
+    let directory = Directory::make("demo", args.data.as_deref())?;
     let (path, text) = prepare_text(args.input.as_deref(), &directory.path).await?;
     let mut brokers = Brokers::prepare(3, &directory.path, Ports::Free)?;
     let result = tokio::select! {
@@ -79,49 +77,6 @@ pub(super) async fn run(args: DemoArgs) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     anyhow::bail!("{} ({})", wrong.join("; "), directory.keep())
-}
-
-/// Where the brokers' data is; a temporary directory is removed unless it is kept.
-struct Directory {
-    path: PathBuf,
-    temporary: Cell<bool>,
-}
-
-impl Directory {
-    fn make(named: Option<&Path>) -> anyhow::Result<Self> {
-        let temporary = || {
-            let number = runtime::random_seed();
-            std::env::temp_dir().join(format!("logboom-demo-{number:016x}"))
-        };
-        let path = named.map_or_else(temporary, Path::to_owned);
-        fs::create_dir_all(&path).with_context(|| format!("cannot create {}", path.display()))?;
-        if fs::read_dir(&path)?.next().is_some() {
-            let path = path.display();
-            return Err(Usage(format!(
-                "{path} is not empty; name an empty or a new directory"
-            ))
-            .into());
-        }
-        Ok(Self {
-            path,
-            temporary: Cell::new(named.is_none()),
-        })
-    }
-
-    /// Keeps the data for whoever wants to see what went wrong.
-    fn keep(&self) -> String {
-        self.temporary.set(false);
-        format!("data and logs are in {}", self.path.display())
-    }
-}
-
-impl Drop for Directory {
-    fn drop(&mut self) {
-        if self.temporary.get() {
-            // What cannot be removed from the temporary directory is the system's to clear.
-            fs::remove_dir_all(&self.path).ok();
-        }
-    }
 }
 
 /// Runs the whole story; answers with the report and with what was not as it should be.

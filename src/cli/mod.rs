@@ -4,12 +4,15 @@
 //! standard output.
 
 #[cfg(feature = "testkit")]
+mod chaos;
+#[cfg(feature = "testkit")]
 mod check;
 mod children;
 mod cluster;
 mod compare;
 mod demo;
 mod dev;
+mod directory;
 mod lines;
 mod output;
 mod progress;
@@ -56,6 +59,9 @@ enum Command {
     Consume(records::ConsumeArgs),
     /// Look at the cluster, move leaders
     Cluster(cluster::ClusterArgs),
+    /// Hurt brokers of its own in every way, and judge what their clients saw: 0 passed, 3 an anomaly, 4 proves nothing
+    #[cfg(feature = "testkit")]
+    Chaos(Box<chaos::ChaosArgs>),
     /// Check the data directory of a broker that is not running
     Fsck(FsckArgs),
     /// Judge the kept history of a fault run: 0 passed, 3 anomalies, 4 proves nothing
@@ -165,6 +171,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Produce(args) => records::produce(args).await,
         Command::Consume(args) => records::consume(args).await,
         Command::Cluster(args) => cluster::run(args).await,
+        #[cfg(feature = "testkit")]
+        Command::Chaos(args) => Box::pin(chaos::run(*args)).await,
         Command::Fsck(args) => fsck(&args),
         #[cfg(feature = "testkit")]
         Command::Check(args) => check::run(&args),

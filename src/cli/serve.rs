@@ -19,6 +19,9 @@ pub(super) struct ServeArgs {
     /// Stop when standard input ends: set by commands that start brokers of their own
     #[arg(long, hide = true)]
     exit_with_parent: bool,
+    /// Die at once when the process that started this one does, whatever this one is doing: set by `chaos`
+    #[arg(long, hide = true)]
+    die_with_parent: bool,
     #[command(flatten)]
     flags: Flags,
 }
@@ -27,6 +30,12 @@ pub(super) struct ServeArgs {
 const STOP_WITHIN: Duration = Duration::from_secs(30);
 
 pub(super) async fn run(args: ServeArgs) -> anyhow::Result<ExitCode> {
+    #[cfg(target_os = "linux")]
+    if args.die_with_parent {
+        // A paused process would never see the end of its input.
+        let signal = Some(rustix::process::Signal::KILL);
+        rustix::process::set_parent_process_death_signal(signal)?;
+    }
     let text = match &args.config {
         None => None,
         Some(path) => Some(

@@ -2,12 +2,14 @@
 //!
 //! - [`LocalCluster`]: several brokers in this process.
 //! - [`Proxy`] and [`Links`]: a network between real brokers that can be cut, delayed, throttled and reset, link by link.
+//! - [`FaultDisk`]: the files of another process, which lose power, fill up, fail and slow down.
 //! - [`workload`]: clients that write, read and ask, and [`recorder`], which keeps what they asked and were told.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
 //! - [`checker`]: whether that may be.
 
 pub mod checker;
 mod cluster;
+mod faultdisk;
 pub mod history;
 mod links;
 mod proxy;
@@ -15,6 +17,7 @@ pub mod recorder;
 pub mod workload;
 
 pub use cluster::{LocalCluster, NotReached, wait_until};
+pub use faultdisk::{DiskCounts, FaultDisk, Loss, Lost};
 pub use links::{AfterCut, Links, Party};
 pub use proxy::Proxy;
 
