@@ -139,7 +139,7 @@ fn read_all(bytes: &Bytes) {
             }
         }
     }
-    let _ = record::decode_batch(bytes);
+    let _read = record::decode_batch(bytes);
 }
 
 /// The same with a length and a checksum that are right, so that what is behind them is reached.

@@ -132,7 +132,8 @@ pub fn frames_seeds() -> Vec<Vec<u8>> {
             header: Bytes::from_static(b"header"),
             body: vec![Bytes::from(vec![7; 300])],
         };
-        queue.push(kind, 1 + (correlation as u8 % 2), correlation, message);
+        let channel = if correlation % 2 == 0 { 1 } else { 2 };
+        queue.push(kind, channel, correlation, message);
     }
     let mut pieces = VecDeque::new();
     queue.take(&mut pieces);
