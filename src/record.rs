@@ -223,7 +223,8 @@ impl RecordBatch {
             return Err(Error::InvalidRequest { reason });
         }
         let mut rest = Reader(self.bytes.slice(HEADER_BYTES..));
-        let count = usize::try_from(header.count).unwrap_or(0);
+        let count = usize::try_from(header.count)
+            .map_err(|_| corrupt(format!("{} records", header.count)))?;
         if count > rest.0.len() / RECORD_BYTES_MIN {
             return Err(corrupt(format!(
                 "{count} records do not fit into {} bytes",

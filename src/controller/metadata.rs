@@ -32,6 +32,9 @@ pub const BROKERS_MAX: usize = 1_000;
 /// into one checkpoint.
 const TOPICS_WEIGHT_MAX: u64 = 12 << 20;
 
+/// Numbers that are drawn one by one never come near this: a state that has is none.
+const GROUPS_MAX: u64 = u64::MAX / 2;
+
 /// The metadata after some command: an image. Cloning is cheap, topics are shared.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ClusterMetadata {
@@ -71,6 +74,13 @@ impl ClusterMetadata {
                     },
                 );
             }
+        }
+        let drawn = groups.keys().all(|group| *group <= state.last_group);
+        if !drawn || state.last_group.0 > GROUPS_MAX {
+            return Err(DecodeError(format!(
+                "metadata whose groups are numbered up to {}, or beyond that",
+                state.last_group
+            )));
         }
         state.groups = Arc::new(groups);
         Ok(state)
@@ -276,7 +286,7 @@ impl ClusterMetadata {
             partitions: records.collect(),
         };
         let topic_weight = weight(&name, &topic);
-        if self.topics_weight + topic_weight > TOPICS_WEIGHT_MAX {
+        if self.topics_weight.saturating_add(topic_weight) > TOPICS_WEIGHT_MAX {
             let reason =
                 "the cluster has as many partitions as it can keep track of; delete a topic";
             return Err(Error::Refused {
@@ -318,7 +328,7 @@ impl ClusterMetadata {
         let Some(topic) = Arc::make_mut(&mut self.topics).remove(&name) else {
             return Err(Error::UnknownTopic { topic: name });
         };
-        self.topics_weight -= weight(&name, &topic);
+        self.topics_weight = self.topics_weight.saturating_sub(weight(&name, &topic));
         let groups = Arc::make_mut(&mut self.groups);
         for record in &topic.partitions {
             groups.remove(&record.group);

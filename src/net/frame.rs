@@ -31,7 +31,7 @@ pub(super) const FIXED_BYTES: usize = 14;
 pub(super) const HANDSHAKE_BYTES_MAX: usize = 16 << 10;
 
 /// What is read at once when nothing is known about what comes.
-const CHUNK_BYTES: usize = 64 << 10;
+pub(super) const CHUNK_BYTES: usize = 64 << 10;
 /// Smaller frames are copied out of the read buffer: a kept message then never pins more than a few times its size.
 const COPY_BELOW_BYTES: usize = 4 << 10;
 /// Smaller pieces are copied into the send buffer: one system call for many frames, few pieces.

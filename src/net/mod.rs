@@ -16,6 +16,9 @@
 mod accept;
 mod connection;
 mod frame;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod handshake;
 mod link;
 mod peer;

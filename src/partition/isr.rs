@@ -129,6 +129,9 @@ struct Follower {
     level_until: Option<Instant>,
     /// Whether its connection has been down in this epoch.
     was_lost: bool,
+    /// Beside a witness: the last entry that the leader had when the gate closed around this follower; `None` while it is
+    /// not in the gate, or has not been told to be.
+    closed_at: Option<LogIndex>,
 }
 
 /// The in-sync replicas as the leader of an epoch sees them.
@@ -148,7 +151,8 @@ pub(super) struct InSync {
 
 impl InSync {
     /// What the leader sees `now`, given what it saw before. A follower is in sync while its connection is up and it has been
-    /// level with the leader within `lag_max`; after a lost connection it must become level again first.
+    /// level with the leader within `lag_max`; after a lost connection it must become level again first. Beside a witness it
+    /// must also have whatever the witness got without it: all that the leader had when the gate closed ([`InSync::closed`]).
     pub(super) fn observe(
         previous: Option<&Self>,
         view: &View<'_>,
@@ -185,6 +189,7 @@ impl InSync {
                 follower.level_until = Some(now);
             }
             follower.is_level = is_level;
+            let closed_at = follower.closed_at.take();
             next.followers.insert(replica, follower);
 
             let Some(connected_since) = follower.connected_since else {
@@ -202,6 +207,9 @@ impl InSync {
                 continue;
             }
             next.gate.insert(replica);
+            if let Some(follower) = next.followers.get_mut(&replica) {
+                follower.closed_at = closed_at;
+            }
             if !is_level {
                 next.next_check = next
                     .next_check
@@ -215,13 +223,17 @@ impl InSync {
         let votes = |replica: &ReplicaId| {
             view.voters.contains(replica) && (!view.is_joint || was_in(replica))
         };
+        let beside_witness = view.voters.iter().any(|voter| voter.is_witness());
         let heard = |replica: &ReplicaId| {
             let follower = next.followers.get(replica);
-            let caught_up = view
-                .follower(*replica)
-                .is_some_and(|known| known.caught_up_at.is_some());
+            let known = view.follower(*replica);
+            let caught_up = known.is_some_and(|known| known.caught_up_at.is_some());
+            let closed_at = follower.and_then(|follower| follower.closed_at);
+            let has_all_fed =
+                closed_at.is_some() && known.is_some_and(|known| known.matched >= closed_at);
             next.gate.contains(replica)
                 && votes(replica)
+                && (has_all_fed || !beside_witness)
                 && (caught_up || follower.is_some_and(|known| known.level_until.is_some()))
         };
         next.replicas = view
@@ -229,6 +241,17 @@ impl InSync {
             .filter(|replica| *replica == view.me || heard(replica))
             .collect();
         next
+    }
+
+    /// Notes that the witness has been held back for everybody in the gate, when the leader's last entry was `last`: who came
+    /// into the gate since the last time counts as in sync once it has that. To be called after the gate has been told, and
+    /// with a `last` looked up after that.
+    pub(super) fn closed(&mut self, last: Option<LogIndex>) {
+        for replica in &self.gate {
+            if let Some(follower) = self.followers.get_mut(replica) {
+                follower.closed_at = follower.closed_at.or(last);
+            }
+        }
     }
 
     /// The epoch in which this was seen.

@@ -3,6 +3,7 @@
 //! Owns the leader's observations of an epoch; decides with [`super::isr`]. Wakes on the group's status, on the replicas' progress
 //! and on new settings, and by time only while a follower is in sync without being level.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use tokio::time::Instant;
@@ -128,10 +129,22 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
         .take()
         .filter(|leading| leading.in_sync.epoch() == seen.epoch);
     let known = before.as_ref().map(|before| &before.in_sync);
-    let in_sync = InSync::observe(known, &view, inner.limits.lag_time_max, Instant::now());
-    if known.is_none_or(|known| known.gate != in_sync.gate) {
-        inner.group.set_in_sync(seen.epoch, in_sync.gate.clone());
-    }
+    let mut in_sync = InSync::observe(known, &view, inner.limits.lag_time_max, Instant::now());
+    // The gate is closed before the ISR grows and lifted after it has shrunk: whoever is seen to be in sync has all that the
+    // witness has. An epoch begins with the gate closed around everybody.
+    let gate = in_sync.gate.clone();
+    let closed: BTreeSet<ReplicaId> = match known {
+        Some(known) => known.gate.union(&gate).copied().collect(),
+        None => voters
+            .iter()
+            .filter(|voter| !voter.is_witness() && **voter != inner.me)
+            .chain(&gate)
+            .copied()
+            .collect(),
+    };
+    let lifts = closed != gate;
+    inner.group.set_in_sync(seen.epoch, closed);
+    in_sync.closed(inner.group.store().state().last.map(|id| id.index));
     let (opened, watermark, high_watermark) = match before {
         Some(before) => (before.opened, before.watermark, before.high_watermark),
         None => (None, None, Offset::default()),
@@ -156,7 +169,7 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
     } else {
         Standing::Opening
     };
-    let gate = Gate {
+    let shown = Gate {
         standing,
         epoch: seen.epoch,
         leader: Some(inner.me),
@@ -164,7 +177,10 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
         isr: now.in_sync.brokers(),
         short: view.reach().filter(|reach| reach.voters < reach.needed),
     };
-    publish(inner, gate);
+    publish(inner, shown);
+    if lifts {
+        inner.group.set_in_sync(seen.epoch, gate);
+    }
     *leading = Some(now);
 }
 

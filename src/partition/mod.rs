@@ -7,6 +7,9 @@
 //! Tasks of a data replica: watcher, proposer, retention; of a witness: watcher and retention. Locks: the state machine's state, the
 //! settings, the parked acknowledgements; each for a moment, never across an await, never two at once.
 
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod index;
 mod isr;
 mod lead;

@@ -355,8 +355,8 @@ impl Group {
         self.inner.replica.watch_progress()
     }
 
-    /// Tells which data followers are in sync in `epoch`. The witness is fed only what all of them have durably; with none
-    /// of them in sync it is fed everything. Until told, all data followers count as in sync.
+    /// Tells which data followers are in sync in `epoch`. The witness is fed only what all of them and this replica have
+    /// durably; with none of them in sync, what this replica has. Until told, all data followers count as in sync.
     pub fn set_in_sync(&self, epoch: LeaderEpoch, in_sync: BTreeSet<ReplicaId>) {
         self.inner.replica.set_in_sync(epoch, in_sync);
     }

@@ -5,6 +5,9 @@
 
 mod context;
 mod failover;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod groups;
 mod heartbeat;

@@ -67,10 +67,12 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
     }
     let log = replica.store.state();
     let (voters, learners) = (voters(membership), learners(membership));
+    let mut begins_to_lead = false;
     replica.status.send_if_modified(|status| {
         if status.role == Role::Stopped {
             return false;
         }
+        begins_to_lead = leads && status.role != Role::Leader;
         let next = GroupStatus {
             role: if leads { Role::Leader } else { Role::Follower },
             epoch,
@@ -88,4 +90,8 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
         *status = next;
         changed
     });
+    if begins_to_lead {
+        // What became durable before the role was known told nobody.
+        replica.progress_changed();
+    }
 }

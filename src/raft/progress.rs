@@ -170,9 +170,10 @@ impl Board {
         true
     }
 
-    /// The first index that a witness may not have yet in `epoch`: one past the least that the in-sync data followers have
-    /// durably. Without limit when none of them is in sync.
-    pub(crate) fn witness_limit(&self, epoch: LeaderEpoch) -> LogIndex {
+    /// The first index that a witness may not have yet in `epoch`: one past the least that the leader (`flushed`) and the
+    /// in-sync data followers have durably. So none of them can come back from a crash with less than the witness, which
+    /// would refuse to elect it.
+    pub(crate) fn witness_limit(&self, epoch: LeaderEpoch, flushed: Option<LogIndex>) -> LogIndex {
         // Who belongs to the group is not known before the first look at the restored membership.
         if epoch != self.epoch || self.others.is_empty() {
             return LogIndex(0);
@@ -182,7 +183,7 @@ impl Board {
                 .as_ref()
                 .is_none_or(|in_sync| in_sync.contains(id))
         });
-        let mut limit = LogIndex(u64::MAX);
+        let mut limit = flushed.map_or(LogIndex(0), LogIndex::next);
         for id in counted {
             let matched = self.others.get(id).and_then(|known| known.matched);
             limit = limit.min(matched.map_or(LogIndex(0), LogIndex::next));
@@ -197,6 +198,9 @@ mod tests {
 
     use super::*;
     use crate::types::{BrokerId, ReplicaKind};
+
+    /// What the leader has durably.
+    const FLUSHED: Option<LogIndex> = Some(LogIndex(9));
 
     fn data(broker: u32) -> ReplicaId {
         ReplicaId::new(BrokerId(broker), ReplicaKind::Data, 1)
@@ -282,13 +286,14 @@ mod tests {
             Some(Known::default())
         );
         assert_eq!(
-            board.witness_limit(LeaderEpoch(4)),
+            board.witness_limit(LeaderEpoch(4), FLUSHED),
             LogIndex(0),
             "in sync until told otherwise"
         );
     }
 
-    /// Goal: the witness gets exactly what all in-sync data followers have. Method: a table over who is in sync.
+    /// Goal: the witness gets exactly what the leader and all in-sync data followers have durably. Method: a table over who is
+    /// in sync, and over what the leader has.
     #[tokio::test]
     async fn the_witness_is_fed_what_all_in_sync_followers_have() {
         let start = Instant::now();
@@ -296,16 +301,16 @@ mod tests {
         let mut board = board(1);
         let voters = BTreeSet::from([data(1), data(2), data(4), witness(3)]);
         board.set_members(&voters, &BTreeSet::from([data(5)]));
-        assert_eq!(board.witness_limit(epoch), LogIndex(0));
+        assert_eq!(board.witness_limit(epoch, FLUSHED), LogIndex(0));
         board.acknowledged(epoch, data(2), answer(7, 9, 9, start));
         assert_eq!(
-            board.witness_limit(epoch),
+            board.witness_limit(epoch, FLUSHED),
             LogIndex(0),
             "one of two has nothing"
         );
         board.acknowledged(epoch, data(4), answer(5, 9, 9, start));
         assert_eq!(
-            board.witness_limit(epoch),
+            board.witness_limit(epoch, FLUSHED),
             LogIndex(6),
             "the least of both; a learner does not count"
         );
@@ -313,14 +318,25 @@ mod tests {
             (vec![data(2)], 8),
             (vec![data(4)], 6),
             (vec![data(2), data(4)], 6),
-            (vec![data(1)], u64::MAX),
-            (vec![], u64::MAX),
+            (vec![data(1)], 10),
+            (vec![], 10),
         ] {
             board.set_in_sync(epoch, in_sync.iter().copied().collect());
-            assert_eq!(board.witness_limit(epoch), LogIndex(limit), "{in_sync:?}");
+            assert_eq!(
+                board.witness_limit(epoch, FLUSHED),
+                LogIndex(limit),
+                "{in_sync:?}"
+            );
+        }
+        for (flushed, limit) in [(None, 0), (Some(LogIndex(6)), 7)] {
+            assert_eq!(
+                board.witness_limit(epoch, flushed),
+                LogIndex(limit),
+                "the leader itself has {flushed:?} durably"
+            );
         }
         assert_eq!(
-            board.witness_limit(LeaderEpoch(2)),
+            board.witness_limit(LeaderEpoch(2), FLUSHED),
             LogIndex(0),
             "an epoch not begun gives nothing"
         );
@@ -331,7 +347,7 @@ mod tests {
     async fn the_witness_is_fed_nothing_before_the_members_are_known() {
         let mut board = Board::new(data(1));
         board.begin(LeaderEpoch(1));
-        assert_eq!(board.witness_limit(LeaderEpoch(1)), LogIndex(0));
+        assert_eq!(board.witness_limit(LeaderEpoch(1), FLUSHED), LogIndex(0));
     }
 
     /// Goal: losing what had been confirmed is told from an ordinary search for the common entry. Method: conflicts around

@@ -127,7 +127,7 @@ pub fn fsck(directory: &Path) -> FsckReport {
     check(&RealDisk::new(directory))
 }
 
-fn check(disk: &dyn Disk) -> FsckReport {
+pub(super) fn check(disk: &dyn Disk) -> FsckReport {
     let mut report = FsckReport {
         verdict: Verdict::Ok,
         findings: Vec::new(),

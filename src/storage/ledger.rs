@@ -262,6 +262,9 @@ pub(super) fn drop_index(
     Ok(keys.into_iter().map(|key| (key, None)).collect())
 }
 
+/// Largest index of an entry.
+const INDEX_MAX: u64 = u64::MAX / 2;
+
 /// Why frames do not make sense together.
 #[derive(Debug)]
 pub(super) enum LedgerError {
@@ -297,6 +300,24 @@ pub(super) struct Ledger {
     blocks: BTreeMap<(GroupId, u64), Block>,
     changed: BTreeSet<GroupId>,
     gone: Vec<Vec<u8>>,
+}
+
+/// Refuses an index that no log can have come to: sums go over, and looking at every entry in between would take for ever.
+fn check_index(meta: &Meta, head: &Head) -> Result<(), LedgerError> {
+    // Each entry on the way to another one has had a frame in front of this one.
+    let frames = head.position / super::frame::FRAME_HEADER as u64;
+    let near = |from: u64, to: u64| to.saturating_sub(from) <= frames;
+    let is_empty = meta.first == meta.next;
+    let fits = !head.kind.is_entry()
+        || is_empty
+        || (near(meta.next, head.index) && near(head.index, meta.first));
+    if fits && head.index <= INDEX_MAX {
+        return Ok(());
+    }
+    Err(LedgerError::Damaged(format!(
+        "group {}: entry {} in a log from {} to {}",
+        head.group, head.index, meta.first, meta.next
+    )))
 }
 
 impl Ledger {
@@ -509,6 +530,7 @@ impl Ledger {
         payload: &Bytes,
     ) -> Result<(), LedgerError> {
         let group = head.group;
+        check_index(meta, head)?;
         match head.kind {
             Kind::Entry | Kind::CarriedEntry => {
                 if head.kind == Kind::Entry && head.index < meta.next {

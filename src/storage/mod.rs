@@ -21,6 +21,9 @@ mod core;
 mod disk;
 mod frame;
 mod fsck;
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub mod fuzzing;
 mod group;
 mod handle;
 mod identity;

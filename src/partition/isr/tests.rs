@@ -71,11 +71,15 @@ impl World {
         }
     }
 
-    /// What the leader sees at `at` seconds, with broker 2 as the only follower.
+    /// What the leader sees at `at` seconds, with broker 2 as the only follower, and again once the gate is closed around
+    /// whoever came into it.
     fn step(&self, previous: Option<&InSync>, at: u64, last: u64, seen: Seen) -> InSync {
         let progress = self.progress(Some(last), &[(2, seen)]);
         let now = self.start + Duration::from_secs(at);
-        InSync::observe(previous, &self.view(&progress, last), LAG, now)
+        let view = self.view(&progress, last);
+        let mut seen = InSync::observe(previous, &view, LAG, now);
+        seen.closed(Some(LogIndex(last)));
+        InSync::observe(Some(&seen), &view, LAG, now)
     }
 }
 
@@ -88,7 +92,7 @@ fn isr(in_sync: &InSync) -> Vec<u32> {
 #[test]
 fn a_follower_joins_and_leaves_the_isr() {
     type Step = (u64, u64, Seen, (bool, bool, bool));
-    let cases: [(&str, &[Step]); 8] = [
+    let cases: [(&str, &[Step]); 9] = [
         (
             "not heard of yet, connected: gate only, until the lag time is over",
             &[
@@ -120,7 +124,17 @@ fn a_follower_joins_and_leaves_the_isr() {
                 (0, 5, (Some(5), Some(0), true), (true, true, false)),
                 (1, 6, (Some(5), Some(0), false), (false, false, false)),
                 (2, 6, (Some(5), Some(0), true), (false, false, false)),
-                (3, 7, (Some(6), Some(3), true), (true, true, true)),
+                (3, 7, (Some(6), Some(3), true), (false, true, true)),
+                (4, 9, (Some(7), Some(4), true), (true, true, true)),
+            ],
+        ),
+        (
+            "one that was level before entries came that only the witness got is not in sync",
+            &[
+                (0, 5, (Some(5), Some(0), true), (true, true, false)),
+                (1, 5, (Some(5), Some(0), false), (false, false, false)),
+                (2, 6, (Some(5), Some(0), true), (false, true, true)),
+                (3, 6, (Some(6), Some(3), true), (true, true, false)),
             ],
         ),
         (
