@@ -11,8 +11,8 @@ use futures_util::future::{BoxFuture, join_all};
 use tokio::time::Instant;
 
 use crate::api::{
-    BrokerView, Call, ClusterView, PartitionReport, PartitionView, ReplicaView, Request, Response,
-    Service, TopicView,
+    BrokerView, Call, ClusterView, DrainView, PartitionReport, PartitionView, ReplicaView, Request,
+    Response, Service, TopicView,
 };
 use crate::controller::{Answer, ClusterMetadata, Command, LeaderMover};
 use crate::net::PeerState;
@@ -326,6 +326,21 @@ pub(super) async fn answer_as_controller(
             .submit(Command::DeleteTopic { name })
             .await
             .map(|_| Response::Deleted),
+        Request::Reassign {
+            partition,
+            replicas,
+        } => {
+            let warnings = controller.reassign(partition, replicas).await?;
+            Ok(Response::Reassigning { warnings })
+        }
+        Request::Drain { broker } => {
+            let plan = controller.drain(broker).await?;
+            Ok(Response::Draining(DrainView {
+                begun: plan.moves.into_iter().map(|(name, _)| name).collect(),
+                remaining: plan.remaining,
+                stuck: plan.stuck,
+            }))
+        }
         Request::InitProducer => match controller.submit(Command::AllocateProducerId).await? {
             Answer::ProducerId(id) => Ok(Response::Producer { id, epoch: 0 }),
             _ => Err(Error::Failed {
@@ -605,7 +620,8 @@ fn described(
             topic: topic.clone(),
             partition: route.partition,
         };
-        live.get(&name).cloned().unwrap_or_else(|| PartitionView {
+        let record = image.partition(&name);
+        let mut view = live.get(&name).cloned().unwrap_or_else(|| PartitionView {
             partition: route.partition,
             leader: None,
             epoch: route.epoch,
@@ -618,12 +634,19 @@ fn described(
                     in_sync: false,
                 })
                 .collect(),
+            adding: Vec::new(),
+            removing: Vec::new(),
+            reassigning: false,
             isr: route.isr.clone(),
             witness: image.witness_of(&name),
             start_offset: None::<Offset>,
             high_watermark: None,
             end_offset: None,
-        })
+        });
+        view.adding = record.map_or_else(Vec::new, |record| record.adding_brokers());
+        view.removing = record.map_or_else(Vec::new, |record| record.removing_brokers());
+        view.reassigning = record.is_some_and(|record| record.reassignment.is_some());
+        view
     };
     routes
         .into_iter()
@@ -670,7 +693,12 @@ async fn status(context: &BrokerContext, reconciler: &Reconciler) -> ClusterView
         topics: u32::try_from(topics.len()).unwrap_or(u32::MAX),
         partitions: u32::try_from(partitions().count()).unwrap_or(u32::MAX),
         under_replicated: partitions()
-            .filter(|(_, view)| view.isr.len() < view.replicas.len())
+            .filter(|(_, view)| {
+                // While replicas are moved there are more of them than copies asked for.
+                let wanted = view.replicas.iter().map(|replica| replica.broker);
+                let wanted = wanted.filter(|broker| !view.removing.contains(broker));
+                view.isr.len() < wanted.count()
+            })
             .map(|(name, _)| name)
             .collect(),
         leaderless: partitions()

@@ -11,6 +11,7 @@ mod dev;
 mod lines;
 mod output;
 mod progress;
+mod reassign;
 mod records;
 mod serve;
 mod settings;
