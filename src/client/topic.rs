@@ -62,6 +62,8 @@ pub struct ReadRecords {
     pub start_offset: Offset,
     /// Offset behind the last record that can be read.
     pub high_watermark: Offset,
+    /// Epoch of the leader that answered.
+    pub leader_epoch: LeaderEpoch,
     /// Bytes of the batches that were sent.
     pub bytes: usize,
 }
@@ -203,7 +205,7 @@ impl Partition {
                 records,
                 start_offset,
                 high_watermark,
-                ..
+                epoch,
             } => {
                 let bytes = records.len();
                 let (records, next_offset) = batch::decode(self.id.partition, &records, from)?;
@@ -212,6 +214,7 @@ impl Partition {
                     next_offset,
                     start_offset,
                     high_watermark,
+                    leader_epoch: epoch,
                     bytes,
                 })
             }

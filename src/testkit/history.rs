@@ -13,13 +13,13 @@ use serde::{Deserialize, Serialize};
 /// Everything that is known of a run.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct History {
-    /// What clients asked and what came of it, in any order.
+    /// What clients asked and what came of it, in any order; those that one session asked at the same time in the order of asking.
     pub operations: Vec<Operation>,
     /// What was broken, and when.
     pub faults: Vec<FaultEvent>,
     /// Who was seen to lead, in any order.
     pub leaders: Vec<LeaderSeen>,
-    /// What a reader found at the end, after everything was healed: one for each partition.
+    /// What a reader found at the end, after everything was healed, for each partition; earlier whole readings may be there too.
     pub logs: Vec<FinalLog>,
     /// What single replicas held at the end.
     pub dumps: Vec<ReplicaDump>,
@@ -50,7 +50,7 @@ pub enum Call {
     Append {
         /// The values, one a record, in order; never empty.
         values: Vec<u64>,
-        /// The idempotent producer; `None`: the append may be repeated by whoever retries it.
+        /// The idempotent producer; `None`: a plain append, which is sent once.
         producer: Option<ProducerPosition>,
         /// Which acknowledgement was asked for.
         acks: AckLevel,
@@ -106,6 +106,9 @@ pub enum Outcome {
         log_start: u64,
         /// Offset behind the last record that could be read.
         high_watermark: u64,
+        /// Epoch of the leader that answered; `None` when the answer does not say.
+        #[serde(default)]
+        epoch: Option<u64>,
         /// Offset and value of each record; [`STRANGE_VALUE`] for a value no run wrote.
         records: Vec<(u64, u64)>,
     },
@@ -113,6 +116,9 @@ pub enum Outcome {
     End {
         /// It.
         end: u64,
+        /// Epoch of the leader that answered; `None` when the answer does not say.
+        #[serde(default)]
+        epoch: Option<u64>,
     },
     /// It had no effect and never will.
     Failed {

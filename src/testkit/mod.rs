@@ -1,10 +1,15 @@
 //! What a test of a replicated log needs (feature `testkit`): a cluster that can be hurt, and a record of what happened.
 //!
 //! - [`LocalCluster`]: several brokers in this process.
+//! - [`workload`]: clients that write, read and ask, and [`recorder`], which keeps what they asked and were told.
 //! - [`history`]: what was asked, answered and broken in a run, and what the log held in the end.
+//! - [`checker`]: whether that may be.
 
+pub mod checker;
 mod cluster;
 pub mod history;
+pub mod recorder;
+pub mod workload;
 
 pub use cluster::LocalCluster;
 
