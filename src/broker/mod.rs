@@ -389,6 +389,12 @@ impl Broker {
         }
     }
 
+    /// The replicas that run here.
+    #[cfg(any(test, feature = "testkit"))]
+    pub fn replicas(&self) -> Vec<crate::partition::Partition> {
+        self.reconciler.partitions()
+    }
+
     /// Stops at once, as a crash would: nothing is handed over and nothing is tidied up.
     #[cfg(any(test, feature = "testkit"))]
     pub async fn crash(&self) {

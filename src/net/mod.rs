@@ -27,6 +27,10 @@ mod tests;
 mod socket {
     pub(super) use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
     pub(super) use tokio::net::{TcpListener, TcpStream, lookup_host};
+
+    pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+        TcpStream::connect(address).await
+    }
 }
 
 /// The same of the simulation, where a host name is that of a simulated host.
@@ -34,6 +38,19 @@ mod socket {
 mod socket {
     pub(super) use turmoil::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
     pub(super) use turmoil::net::{TcpListener, TcpStream};
+
+    /// turmoil answers for a host that cannot be reached as if it refused; a real network does not answer.
+    pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+        match TcpStream::connect(address).await {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::ConnectionRefused
+                    && !crate::runtime::sim::refuses(address.ip()) =>
+            {
+                std::future::pending().await
+            }
+            other => other,
+        }
+    }
 
     pub(super) async fn lookup_host(
         address: &str,

@@ -10,11 +10,16 @@
 mod index;
 mod isr;
 mod lead;
+#[cfg(any(test, feature = "testkit"))]
+mod local;
 mod producer_table;
 mod propose;
 mod read;
 mod retain;
 mod state_machine;
+
+#[cfg(any(test, feature = "testkit"))]
+pub use local::LocalReplica;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -153,7 +153,7 @@ where
     found.map_err(|error| index_error(inner, &error))
 }
 
-async fn find_batches(
+pub(super) async fn find_batches(
     inner: &Arc<Inner>,
     from: Offset,
     below: Offset,
@@ -178,7 +178,7 @@ async fn find_batches(
 }
 
 /// Reads the batches at `found`, in order and with their place set.
-async fn read_batches(
+pub(super) async fn read_batches(
     inner: &Arc<Inner>,
     offset: Offset,
     found: &[BatchRef],
