@@ -67,6 +67,7 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
     }
     let log = replica.store.state();
     let (voters, learners) = (voters(membership), learners(membership));
+    let mut begins = false;
     replica.status.send_if_modified(|status| {
         if status.role == Role::Stopped {
             return false;
@@ -85,7 +86,12 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
             is_joint: membership.get_joint_config().len() > 1,
         };
         let changed = next != *status;
+        begins = next.role == Role::Leader && status.role != Role::Leader;
         *status = next;
         changed
     });
+    if begins {
+        // What became durable before this is known to be a leader was not told to anybody.
+        replica.progress_changed();
+    }
 }

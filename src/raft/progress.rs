@@ -170,19 +170,23 @@ impl Board {
         true
     }
 
-    /// The first index that a witness may not have yet in `epoch`: one past the least that the in-sync data followers have
-    /// durably. Without limit when none of them is in sync.
-    pub(crate) fn witness_limit(&self, epoch: LeaderEpoch) -> LogIndex {
+    /// The first index that a witness may not have yet in `epoch`: one past the least that the in-sync data followers, and the
+    /// leader itself up to `flushed`, have durably. A witness that were ahead of the last data replica would never vote for it.
+    pub(crate) fn witness_limit(&self, epoch: LeaderEpoch, flushed: Option<LogIndex>) -> LogIndex {
         // Who belongs to the group is not known before the first look at the restored membership.
         if epoch != self.epoch || self.others.is_empty() {
             return LogIndex(0);
+        }
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::WitnessAhead) {
+            return LogIndex(u64::MAX);
         }
         let counted = self.data_voters.iter().filter(|id| {
             self.in_sync
                 .as_ref()
                 .is_none_or(|in_sync| in_sync.contains(id))
         });
-        let mut limit = LogIndex(u64::MAX);
+        let mut limit = flushed.map_or(LogIndex(0), LogIndex::next);
         for id in counted {
             let matched = self.others.get(id).and_then(|known| known.matched);
             limit = limit.min(matched.map_or(LogIndex(0), LogIndex::next));
@@ -197,6 +201,9 @@ mod tests {
 
     use super::*;
     use crate::types::{BrokerId, ReplicaKind};
+
+    /// All that the leader has is durable.
+    const ALL: Option<LogIndex> = Some(LogIndex(9));
 
     fn data(broker: u32) -> ReplicaId {
         ReplicaId::new(BrokerId(broker), ReplicaKind::Data, 1)
@@ -282,7 +289,7 @@ mod tests {
             Some(Known::default())
         );
         assert_eq!(
-            board.witness_limit(LeaderEpoch(4)),
+            board.witness_limit(LeaderEpoch(4), ALL),
             LogIndex(0),
             "in sync until told otherwise"
         );
@@ -296,16 +303,16 @@ mod tests {
         let mut board = board(1);
         let voters = BTreeSet::from([data(1), data(2), data(4), witness(3)]);
         board.set_members(&voters, &BTreeSet::from([data(5)]));
-        assert_eq!(board.witness_limit(epoch), LogIndex(0));
+        assert_eq!(board.witness_limit(epoch, ALL), LogIndex(0));
         board.acknowledged(epoch, data(2), answer(7, 9, 9, start));
         assert_eq!(
-            board.witness_limit(epoch),
+            board.witness_limit(epoch, ALL),
             LogIndex(0),
             "one of two has nothing"
         );
         board.acknowledged(epoch, data(4), answer(5, 9, 9, start));
         assert_eq!(
-            board.witness_limit(epoch),
+            board.witness_limit(epoch, ALL),
             LogIndex(6),
             "the least of both; a learner does not count"
         );
@@ -313,14 +320,21 @@ mod tests {
             (vec![data(2)], 8),
             (vec![data(4)], 6),
             (vec![data(2), data(4)], 6),
-            (vec![data(1)], u64::MAX),
-            (vec![], u64::MAX),
+            (vec![data(1)], 10),
+            (vec![], 10),
         ] {
             board.set_in_sync(epoch, in_sync.iter().copied().collect());
-            assert_eq!(board.witness_limit(epoch), LogIndex(limit), "{in_sync:?}");
+            assert_eq!(board.witness_limit(epoch, ALL), LogIndex(limit), "{in_sync:?}");
+        }
+        for (flushed, limit) in [(None, 0), (Some(LogIndex(4)), 5)] {
+            assert_eq!(
+                board.witness_limit(epoch, flushed),
+                LogIndex(limit),
+                "alone, the leader feeds it what it would still have after a loss of power"
+            );
         }
         assert_eq!(
-            board.witness_limit(LeaderEpoch(2)),
+            board.witness_limit(LeaderEpoch(2), ALL),
             LogIndex(0),
             "an epoch not begun gives nothing"
         );
@@ -331,7 +345,7 @@ mod tests {
     async fn the_witness_is_fed_nothing_before_the_members_are_known() {
         let mut board = Board::new(data(1));
         board.begin(LeaderEpoch(1));
-        assert_eq!(board.witness_limit(LeaderEpoch(1)), LogIndex(0));
+        assert_eq!(board.witness_limit(LeaderEpoch(1), ALL), LogIndex(0));
     }
 
     /// Goal: losing what had been confirmed is told from an ordinary search for the common entry. Method: conflicts around

@@ -158,9 +158,10 @@ impl Replica {
 
     /// The first index that a witness may not have yet in `epoch`.
     pub(crate) fn witness_limit(&self, epoch: LeaderEpoch) -> LogIndex {
+        let flushed = self.store.flushed().map(|id| id.index);
         let mut board = lock(&self.board);
         board.begin(epoch);
-        board.witness_limit(epoch)
+        board.witness_limit(epoch, flushed)
     }
 
     pub(crate) fn set_in_sync(
