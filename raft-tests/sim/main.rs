@@ -32,6 +32,7 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
+use logboom::runtime::sim::Bug;
 use tokio::process::Command;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::FormatTime;
@@ -59,7 +60,7 @@ impl FormatTime for Since {
 fn trace_to(path: &Path) {
     let file = File::create(path).unwrap();
     let filter = std::env::var("TRACE_FILTER")
-        .unwrap_or_else(|_| "info,logboom=debug,openraft=info".to_owned());
+        .unwrap_or_else(|_| "info,logboom=debug,turmoil=trace,openraft=warn".to_owned());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
@@ -95,7 +96,7 @@ struct Ended {
     took: Duration,
 }
 
-async fn start(seed: u64, trace: Option<PathBuf>) -> Ended {
+async fn start(seed: u64, trace: Option<PathBuf>, bug: Option<Bug>) -> Ended {
     let began = Instant::now();
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
@@ -104,6 +105,9 @@ async fn start(seed: u64, trace: Option<PathBuf>) -> Ended {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    if let Some(bug) = bug {
+        command.env("BUG", format!("{bug:?}"));
+    }
     if let Some(trace) = trace {
         command.env("TRACE", trace);
     }
@@ -138,15 +142,28 @@ fn tell(ended: &Ended) {
     }
 }
 
+/// A trace without the points in time of the machine's clock, where the paused clocks of a run began: some lines show them.
+fn without_clock(trace: &str) -> String {
+    let mut parts = trace.split("Instant { ");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text.push_str(part.split_once(" }").map_or(part, |(_, rest)| rest));
+    }
+    text
+}
+
 /// The same seed gives the same trace, byte for byte, in a fresh process.
 async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
     let directory = tempfile::tempdir().unwrap();
     let runs = seeds.map(|seed| {
         let paths = ["a", "b"].map(|turn| directory.path().join(format!("{seed}-{turn}")));
         async move {
-            let first = start(seed, Some(paths[0].clone())).await;
-            let second = start(seed, Some(paths[1].clone())).await;
-            let traces = paths.map(|path| std::fs::read_to_string(path).unwrap_or_default());
+            let first = start(seed, Some(paths[0].clone()), None).await;
+            let second = start(seed, Some(paths[1].clone()), None).await;
+            let traces = paths.map(|path| {
+                let trace = std::fs::read_to_string(path).unwrap_or_default();
+                without_clock(&trace)
+            });
             let same = traces[0] == traces[1] && first.text == second.text && !traces[0].is_empty();
             if !same {
                 let pairs = traces[0].lines().zip(traces[1].lines());
@@ -169,11 +186,51 @@ async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
     same == done.len()
 }
 
-async fn suite() -> bool {
-    let jobs = number("JOBS").map_or_else(
+fn jobs() -> usize {
+    number("JOBS").map_or_else(
         || std::thread::available_parallelism().map_or(2, usize::from),
         |jobs| usize::try_from(jobs).unwrap_or(2),
-    );
+    )
+}
+
+/// Every classic mistake is found: seeds are run with it, one after the other, until one fails.
+async fn zoo(seeds_max: u64) -> bool {
+    let only = std::env::var("BUG").ok();
+    let wanted = |bug: &Bug| only.as_ref().is_none_or(|only| format!("{bug:?}") == *only);
+    let mut found = 0;
+    let mut count = 0;
+    for bug in Bug::ALL.into_iter().filter(wanted) {
+        count += 1;
+        let from = number("FROM").unwrap_or(1);
+        let runs = (from..from + seeds_max).map(|seed| start(seed, None, Some(bug)));
+        let mut runs = futures_util::stream::iter(runs).buffered(jobs());
+        let (mut tried, mut how) = (0, None);
+        while let Some(ended) = runs.next().await {
+            tried += 1;
+            if !ended.passed {
+                let why = ended.text.lines().find(|line| line.starts_with("WRONG "));
+                how = Some((ended.seed, why.unwrap_or("no reason given").to_owned()));
+                break;
+            }
+        }
+        match how {
+            Some((seed, why)) => {
+                found += 1;
+                let why: String = why.chars().take(150).collect();
+                println!("{bug:?}: found by seed {seed}, try {tried}: {why}");
+            }
+            None => println!("{bug:?}: NOT FOUND in {tried} seeds"),
+        }
+    }
+    println!("{found} of {count} mistakes are found");
+    found == count
+}
+
+async fn suite() -> bool {
+    if let Some(seeds_max) = number("ZOO") {
+        return zoo(seeds_max).await;
+    }
+    let jobs = jobs();
     let from = number("FROM").unwrap_or(1);
     let count = number("SEEDS").unwrap_or(SEEDS);
     let again = number("TWICE").unwrap_or(TWICE);
@@ -182,7 +239,7 @@ async fn suite() -> bool {
         good &= twice(from..from + again, jobs).await;
     }
     let began = Instant::now();
-    let runs = (from..from + count).map(|seed| start(seed, None));
+    let runs = (from..from + count).map(|seed| start(seed, None, None));
     let mut runs = futures_util::stream::iter(runs).buffer_unordered(jobs);
     let mut figures: BTreeMap<String, u64> = BTreeMap::new();
     let (mut passed, mut failed, mut slowest) = (0_u64, Vec::new(), (Duration::ZERO, 0));

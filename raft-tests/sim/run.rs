@@ -6,7 +6,7 @@ use std::fmt::Write;
 use std::sync::Mutex;
 use std::time::Duration;
 
-use logboom::runtime::sim;
+use logboom::runtime::sim::{self, Bug};
 use logboom::testkit::checker::{Coverage, Verdict, check};
 
 use crate::clients::Phase;
@@ -32,6 +32,14 @@ pub struct Outcome {
     pub figures: Vec<(String, u64)>,
 }
 
+/// The mistake that this run is to find.
+fn bug() -> Option<Bug> {
+    let name = std::env::var("BUG").ok()?;
+    let found = Bug::ALL.into_iter().find(|bug| format!("{bug:?}") == name);
+    assert!(found.is_some(), "no bug is called {name}");
+    found
+}
+
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
@@ -51,6 +59,7 @@ pub fn watch_panics() {
 /// Runs `seed`.
 pub fn run(seed: u64) -> Outcome {
     sim::seed(seed);
+    sim::make(bug());
     let plan = Plan::of(seed);
     let mut outcome = Outcome::default();
     outcome.story.push(plan.to_string());

@@ -2,10 +2,10 @@
 //!
 //! Owns what was seen so far. Says what is wrong; does not stop the run.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use logboom::testkit::recorder::Recorder;
-use logboom::types::ReplicaId;
+use logboom::types::{EntryId, ReplicaId, ReplicaKind};
 
 use crate::world::World;
 
@@ -35,9 +35,66 @@ pub struct Watch {
 }
 
 impl Watch {
+    /// A witness has no entry of a leader's epoch that this leader does not have durably, or that a follower lacks which it calls in sync.
+    fn look_at_witnesses(&self, world: &World) -> Vec<String> {
+        let mut wrong = Vec::new();
+        // By partition: epoch and last entry of every replica, and whom a leader calls in sync.
+        let mut lasts: BTreeMap<Place, Vec<(ReplicaId, EntryId)>> = BTreeMap::new();
+        let mut leaders: Vec<(Place, u64, BTreeSet<ReplicaId>, u64)> = Vec::new();
+        for node in &world.nodes {
+            let Some(broker) = node.broker() else {
+                continue;
+            };
+            for partition in broker.replicas() {
+                let name = partition.id();
+                let place = (name.topic.as_str().to_owned(), name.partition.0);
+                let last = partition.group().status().borrow().last;
+                lasts
+                    .entry(place.clone())
+                    .or_default()
+                    .push((partition.me(), last.unwrap_or_default()));
+                if partition.is_leader() {
+                    let view = partition.view();
+                    let mut followers = partition.group().status().borrow().voters.clone();
+                    followers.retain(|replica| {
+                        *replica != partition.me() && view.isr.contains(&replica.broker())
+                    });
+                    let flushed = partition.group().progress().flushed;
+                    let flushed = flushed.map_or(0, |index| index.0);
+                    leaders.push((place, view.epoch.0, followers, flushed));
+                }
+            }
+        }
+        for (place, epoch, followers, flushed) in leaders {
+            let lasts = lasts.get(&place).map(Vec::as_slice).unwrap_or_default();
+            let witness = lasts.iter().find(|(replica, last)| {
+                replica.kind() == ReplicaKind::Witness && last.epoch.0 == epoch
+            });
+            let Some((witness, has)) = witness else {
+                continue;
+            };
+            if has.index.0 > flushed {
+                wrong.push(format!(
+                    "{}-{}: witness {witness} has {has}, its leader durably {flushed}",
+                    place.0, place.1
+                ));
+            }
+            for (follower, last) in lasts {
+                let counts = follower.kind() == ReplicaKind::Data && followers.contains(follower);
+                if counts && (last.epoch, last.index) < (has.epoch, has.index) {
+                    wrong.push(format!(
+                        "{}-{}: witness {witness} has {has}, {follower} in sync has {last}",
+                        place.0, place.1
+                    ));
+                }
+            }
+        }
+        wrong
+    }
+
     /// Looks at every replica; returns what is wrong.
     pub fn look(&mut self, world: &World, recorders: &[Recorder]) -> Vec<String> {
-        let mut wrong = Vec::new();
+        let mut wrong = self.look_at_witnesses(world);
         for (at, node) in world.nodes.iter().enumerate() {
             let Some(broker) = node.broker() else {
                 continue;

@@ -252,6 +252,10 @@ async fn linearizable_end(
     gate: &mut watch::Receiver<Gate>,
     deadline: Instant,
 ) -> Result<Offset, Error> {
+    #[cfg(feature = "sim")]
+    if crate::runtime::sim::makes(crate::runtime::sim::Bug::StaleLocalRead) {
+        return Ok(look(inner, gate)?.1);
+    }
     let after = deadline.saturating_duration_since(Instant::now());
     let asked = inner.group.linearize(after).await;
     asked.map_err(|error| inner.error_of(&error, false))?;

@@ -15,6 +15,7 @@ const EPOCH_MS: i64 = 1_700_000_000_000;
 thread_local! {
     static CHANCE: RefCell<SmallRng> = RefCell::new(SmallRng::seed_from_u64(0));
     static ERROR_MS: Cell<i64> = const { Cell::new(0) };
+    static MADE: Cell<Option<Bug>> = const { Cell::new(None) };
     static REFUSING: RefCell<BTreeSet<IpAddr>> = const { RefCell::new(BTreeSet::new()) };
 }
 
@@ -37,6 +38,72 @@ pub fn set_refusing(hosts: BTreeSet<IpAddr>) {
 /// Whether `host` was named by [`set_refusing`].
 pub(crate) fn refuses(host: IpAddr) -> bool {
     REFUSING.with_borrow(|hosts| hosts.contains(&host))
+}
+
+/// Classic mistakes of replicated logs: one of them can be made in a run, to see that it is found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bug {
+    /// Writes count as durable before they are synced.
+    AckBeforeSync,
+    /// Appends are answered from memory.
+    AppendFromMemory,
+    /// Votes are not written.
+    VoteNotPersisted,
+    /// A follower keeps entries that contradict its leader.
+    ConflictKept,
+    /// A checkpoint does not hold what is known of producers.
+    DuplicatesForgotten,
+    /// A batch that is sent again is appended again.
+    NoDeduplication,
+    /// A leader answers for the end of the log without asking a quorum.
+    StaleLocalRead,
+    /// An old copy of a data directory is let in.
+    OldCopyAdmitted,
+    /// A sync that failed is tried again.
+    SyncRetried,
+    /// A new file's name is not synced.
+    DirectoryNotSynced,
+    /// The high watermark is one too high.
+    WatermarkOffByOne,
+    /// A witness gets entries that an in-sync replica lacks.
+    WitnessAhead,
+    /// A new leader serves before it has applied what was acknowledged.
+    ServesAtOnce,
+    /// A proposal whose fate is unknown is said to have failed.
+    UnknownCalledFailed,
+    /// What a failed sync left in memory counts after a restart.
+    TailTrusted,
+}
+
+impl Bug {
+    /// All of them.
+    pub const ALL: [Self; 15] = [
+        Self::AckBeforeSync,
+        Self::AppendFromMemory,
+        Self::VoteNotPersisted,
+        Self::ConflictKept,
+        Self::DuplicatesForgotten,
+        Self::NoDeduplication,
+        Self::StaleLocalRead,
+        Self::OldCopyAdmitted,
+        Self::SyncRetried,
+        Self::DirectoryNotSynced,
+        Self::WatermarkOffByOne,
+        Self::WitnessAhead,
+        Self::ServesAtOnce,
+        Self::UnknownCalledFailed,
+        Self::TailTrusted,
+    ];
+}
+
+/// Makes `bug` in everything that runs in this thread from now on.
+pub fn make(bug: Option<Bug>) {
+    MADE.set(bug);
+}
+
+/// Whether `bug` is to be made.
+pub(crate) fn makes(bug: Bug) -> bool {
+    MADE.get() == Some(bug)
 }
 
 pub(super) fn draw() -> u128 {

@@ -434,6 +434,14 @@ impl Committer {
         pace(&*self.core.disk).await;
         self.file.write_at(bytes, offset)?;
         pace(&*self.core.disk).await;
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::AckBeforeSync) {
+            return Ok(());
+        }
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::SyncRetried) {
+            return self.file.sync().or_else(|_| self.file.sync());
+        }
         self.file.sync()
     }
 
@@ -450,7 +458,14 @@ impl Committer {
             .core
             .disk
             .create(&super::core::segment_path(position))?;
-        self.core.disk.sync_dir(super::core::JOURNAL_DIR)?;
+        #[cfg(feature = "sim")]
+        let is_synced =
+            !crate::runtime::sim::makes(crate::runtime::sim::Bug::DirectoryNotSynced);
+        #[cfg(not(feature = "sim"))]
+        let is_synced = true;
+        if is_synced {
+            self.core.disk.sync_dir(super::core::JOURNAL_DIR)?;
+        }
         self.core
             .segments
             .lock()

@@ -335,6 +335,10 @@ impl Opener<'_> {
 /// written and yet never write it to the disk, not with any later sync either: only bytes written again are surely synced.
 fn write_again(file: &dyn DiskFile, mut from: u64, to: u64) -> io::Result<()> {
     const PIECE: u64 = 1 << 20;
+    #[cfg(feature = "sim")]
+    if crate::runtime::sim::makes(crate::runtime::sim::Bug::TailTrusted) {
+        return Ok(());
+    }
     while from < to {
         let mut bytes = vec![0; usize::try_from((to - from).min(PIECE)).unwrap_or(0)];
         let got = file.read_at(&mut bytes, from)?;
