@@ -455,6 +455,14 @@ pub enum Error {
     Unreachable { address: String, reason: String },
     #[error("the broker failed: {reason}")]
     Failed { reason: String },
+    #[error(
+        "the leader of {partition} reaches {reached} of its voters and a commit takes {needed}; nothing was appended, try again when more brokers are up"
+    )]
+    NoMajority {
+        partition: TopicPartition,
+        reached: u32,
+        needed: u32,
+    },
 }
 
 impl Error {
@@ -479,6 +487,7 @@ impl Error {
                 | Self::LeaderUnavailable { .. }
                 | Self::ControllerUnavailable
                 | Self::NotEnoughReplicas { .. }
+                | Self::NoMajority { .. }
                 | Self::NotEnoughReplicasAfterAppend { .. }
                 | Self::Overloaded { .. }
                 | Self::StorageFull { .. }

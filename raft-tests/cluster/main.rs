@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod controller;
 mod faces;
 mod identity;
 mod kills;

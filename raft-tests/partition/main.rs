@@ -16,7 +16,7 @@ use std::time::Duration;
 use logboom::api::{Appended, OffsetSpec, Response};
 use logboom::config::TopicConfig;
 use logboom::record::{ProducerStamp, batches};
-use logboom::types::{Acks, BrokerId, Error, LogIndex, Offset};
+use logboom::types::{Acks, BrokerId, Error, LogIndex, Offset, Outcome};
 
 use raft_support::{PATIENCE, data, set, soon, until, witness};
 use support::{World, batch, deadline, offsets, records, values};
@@ -285,6 +285,47 @@ async fn too_few_in_sync_replicas_refuse_and_hide() {
     assert_eq!(values(&found), ["c"]);
     until("it is back in the ISR", || in_sync(&world, 3)).await;
     world.append(batch(&["d"], None), Acks::All).await.unwrap();
+    world.stop().await;
+}
+
+/// Goal: a leader that reaches too few voters refuses before it appends, so the writer knows that nothing happened, and goes on serving
+/// what is committed. Method: two of three brokers die, each acknowledgement is asked for; one comes back.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_majority_nothing_is_appended_and_the_writer_knows() {
+    let mut world = World::start(&[data(1), data(2), data(3)], None, TopicConfig::default()).await;
+    let in_sync = |world: &World, count| world.leader().view().isr.len() == count;
+    until("all are in sync", || in_sync(&world, 3)).await;
+    world.append(batch(&["a"], None), Acks::All).await.unwrap();
+    let leader = world.leader().me().broker().0;
+    let followers: Vec<u32> = (1..=3).filter(|broker| *broker != leader).collect();
+    for follower in &followers {
+        world.down(*follower).await;
+    }
+    until("the leader is alone", || in_sync(&world, 1)).await;
+    for acks in [Acks::All, Acks::Leader] {
+        let refused = world.append(batch(&["b"], None), acks).await.unwrap_err();
+        let (reached, needed) = match &refused {
+            Error::NoMajority {
+                reached, needed, ..
+            } => (*reached, *needed),
+            other => panic!("{acks:?}: {other}"),
+        };
+        assert_eq!((reached, needed), (1, 2));
+        assert_eq!(
+            (refused.outcome(), refused.is_retriable()),
+            (Outcome::NotDone, true)
+        );
+    }
+    assert_eq!(values(&world.fetch(0).await.unwrap()), ["a"]);
+    world.up(followers[0]).await;
+    until("one is back", || in_sync(&world, 2)).await;
+    let ack = world.append(batch(&["c"], None), Acks::All).await.unwrap();
+    assert_eq!(
+        ack[0].base_offset,
+        Offset(1),
+        "nothing was appended meanwhile"
+    );
+    assert_eq!(values(&world.fetch(0).await.unwrap()), ["a", "c"]);
     world.stop().await;
 }
 

@@ -110,7 +110,11 @@ impl BrokerContext {
     async fn ask_controller(&self, request: Request, timeout: Duration) -> Result<Response, Error> {
         match self.controller.leader_broker() {
             Some(leader) if leader == self.id => service::answer_as_controller(self, request).await,
-            Some(leader) => self.ask_peer(leader, request, timeout).await,
+            Some(leader) => match self.ask_peer(leader, request, timeout).await {
+                // It led when it was last heard of: whoever asks wants to know about the controller, not about that broker.
+                Err(Error::Unreachable { .. }) => Err(Error::ControllerUnavailable),
+                answer => answer,
+            },
             None => Err(Error::ControllerUnavailable),
         }
     }

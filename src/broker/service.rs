@@ -124,7 +124,10 @@ impl BrokerService {
             .or_else(|| image.leader_of(&name))
             .filter(|leader| *leader != self.context.id);
         match (image.check_partition(&name), leader) {
-            (Ok(()), Some(leader)) if forward => self.context.ask_peer(leader, request, timeout),
+            (Ok(()), Some(leader)) if forward => {
+                let answer = self.context.ask_peer(leader, request, timeout);
+                Box::pin(async move { reached(answer.await, name) })
+            }
             (Ok(()), leader) => ready(Err(Error::NotLeader {
                 partition: name,
                 broker: self.context.id,
@@ -140,7 +143,7 @@ impl BrokerService {
                     let leader = await_leader(&context, &name).await;
                     match (leader, reconciler.partition(&name)) {
                         (Some(leader), _) if leader != context.id => {
-                            context.ask_peer(leader, request, timeout).await
+                            reached(context.ask_peer(leader, request, timeout).await, name)
                         }
                         (_, Some(partition)) => {
                             ask_local(&partition, request, timeout, fetch_bytes_max).await
@@ -269,16 +272,27 @@ fn ask_local(
     }
 }
 
+/// The answer of the leader that a request was passed on to. Whoever asks has reached this broker: to him that the leader cannot be
+/// reached means that there is none now.
+fn reached(answer: Result<Response, Error>, partition: TopicPartition) -> Result<Response, Error> {
+    match answer {
+        Err(Error::Unreachable { .. }) => Err(Error::LeaderUnavailable { partition }),
+        answer => answer,
+    }
+}
+
 async fn to_controller(
     context: &BrokerContext,
     request: Request,
     forward: bool,
     timeout: Duration,
 ) -> Result<Response, Error> {
-    match context.controller.leader_broker() {
-        Some(leader) if leader == context.id => answer_as_controller(context, request).await,
-        Some(leader) if forward => context.ask_peer(leader, request, timeout).await,
-        _ => Err(Error::ControllerUnavailable),
+    if forward {
+        context.ask_controller(request, timeout).await
+    } else if context.controller.leader_broker() == Some(context.id) {
+        answer_as_controller(context, request).await
+    } else {
+        Err(Error::ControllerUnavailable)
     }
 }
 

@@ -72,6 +72,8 @@ pub(crate) struct Retry {
     deadline: Instant,
     /// The first attempt whose outcome is unknown: nothing that fails later can take that back.
     unknown: Option<Error>,
+    /// The last reason that a broker gave: it tells more than that another broker cannot be reached.
+    answered: Option<Error>,
     failures: u32,
     hinted: bool,
     topic_unknown_since: Option<Instant>,
@@ -84,6 +86,7 @@ impl Retry {
             backoff,
             deadline,
             unknown: None,
+            answered: None,
             failures: 0,
             hinted: false,
             topic_unknown_since: None,
@@ -118,6 +121,9 @@ impl Retry {
         if unknown && self.repeat == Repeat::Idempotent {
             self.unknown.get_or_insert_with(|| error.clone());
         }
+        if !unknown && !matches!(error, Error::Unreachable { .. }) {
+            self.answered = Some(error.clone());
+        }
         self.failures = self.failures.saturating_add(1);
         // An attempt that is cut off too early to be answered would turn a definite failure into an unknown one.
         let needed = match self.repeat {
@@ -133,7 +139,13 @@ impl Retry {
 
     /// What the caller is told when `error` ends the matter.
     pub(crate) fn give_up(&mut self, error: Error) -> Error {
-        self.unknown.take().unwrap_or(error)
+        if let Some(unknown) = self.unknown.take() {
+            return unknown;
+        }
+        match error {
+            Error::Unreachable { .. } => self.answered.take().unwrap_or(error),
+            other => other,
+        }
     }
 
     fn may_try_again(&mut self, error: &Error, now: Instant) -> bool {
@@ -262,6 +274,26 @@ mod tests {
             read.failed(no_leader(), late, 0),
             Verdict::Final(no_leader())
         );
+    }
+
+    /// Goal: the caller is told why the cluster refuses, not that one of its brokers is down. Method: a refusal by one broker, then
+    /// no connection to another until the deadline; and nothing but broken connections.
+    #[test]
+    fn a_brokers_reason_outlives_a_broken_connection() {
+        let unreachable = Error::Unreachable {
+            address: "a:1".to_owned(),
+            reason: "refused".to_owned(),
+        };
+        for (first, told) in [
+            (Error::ControllerUnavailable, Error::ControllerUnavailable),
+            (unreachable.clone(), unreachable.clone()),
+        ] {
+            let (mut retry, now) = retry(Repeat::Once);
+            assert!(matches!(retry.failed(first, now, 0), Verdict::Again(_)));
+            let late = now + Duration::from_secs(20);
+            let verdict = retry.failed(unreachable.clone(), late, 0);
+            assert_eq!(verdict, Verdict::Final(told));
+        }
     }
 
     /// Goal: waits grow, stay bounded, and a hint is followed at once but not in circles. Method: fail again and again.

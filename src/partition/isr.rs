@@ -87,12 +87,35 @@ impl View<'_> {
             .collect()
     }
 
+    /// How many voters can be reached, the leader included, and how many a commit takes; `None` while the voters change, when
+    /// two majorities count and the change itself tells which.
+    pub(super) fn reach(&self) -> Option<Reach> {
+        if self.is_joint || self.voters.is_empty() {
+            return None;
+        }
+        let is_reached = |replica: &&ReplicaId| {
+            let known = self.progress.followers.get(*replica);
+            **replica == self.me || known.is_some_and(|known| known.connected)
+        };
+        Some(Reach {
+            voters: self.voters.iter().filter(is_reached).count(),
+            needed: self.voters.len() / 2 + 1,
+        })
+    }
+
     /// Entries that the leader has and `replica` is not known to have durably; `None` when nothing is known of it.
     pub(super) fn lag(&self, replica: ReplicaId) -> Option<u64> {
         let last = self.last.map_or(0, |index| index.0);
         self.durable(replica)
             .map(|durable| last.saturating_sub(durable.0))
     }
+}
+
+/// Voters that can be reached, the leader included, beside the number that a commit takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Reach {
+    pub(super) voters: usize,
+    pub(super) needed: usize,
 }
 
 /// What the leader has seen of one follower in its epoch.

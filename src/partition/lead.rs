@@ -167,6 +167,7 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
         leader: Some(inner.me),
         high_watermark: now.high_watermark,
         isr: now.in_sync.brokers(),
+        short: view.reach().filter(|reach| reach.voters < reach.needed),
     };
     publish(inner, gate);
     *leading = Some(now);
@@ -220,6 +221,7 @@ pub(super) fn close(inner: &Inner, standing: Standing, seen: Option<Seen>) {
             leader,
             high_watermark,
             isr: Vec::new(),
+            short: None,
         },
     );
 }

@@ -131,6 +131,8 @@ struct Gate {
     high_watermark: Offset,
     /// Brokers in sync, the leader included; meaningful while it leads.
     isr: Vec<BrokerId>,
+    /// What is left of the voters when that is too few to commit anything; meaningful while it serves.
+    short: Option<isr::Reach>,
 }
 
 /// What may change while a partition runs.

@@ -125,6 +125,14 @@ pub(super) fn enqueue(
     {
         let gate = inner.gate.borrow();
         inner.serving(&gate)?;
+        // What is appended now could not be committed: the answer would be unknown where it can be a refusal.
+        if let Some(short) = gate.short {
+            return Err(Error::NoMajority {
+                partition: inner.partition.clone(),
+                reached: u32::try_from(short.voters).unwrap_or(u32::MAX),
+                needed: u32::try_from(short.needed).unwrap_or(u32::MAX),
+            });
+        }
         let in_sync = u32::try_from(gate.isr.len()).unwrap_or(u32::MAX);
         if acks == Acks::All && in_sync < min_in_sync {
             let partition = inner.partition.clone();
