@@ -1,4 +1,5 @@
-//! The command line where no cluster is needed, or where it brings its own: wrong usage, configuration, `fsck`, `dev`, `demo`.
+//! The command line where no cluster is needed, or where it brings its own: wrong usage, configuration, `fsck`,
+//! `check`, `dev`, `demo`.
 
 // A test that cannot go on ends with a text that says why.
 #![allow(clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
@@ -7,4 +8,5 @@
 mod support;
 
 mod alone;
+mod check;
 mod whole;

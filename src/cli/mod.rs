@@ -1,8 +1,10 @@
 //! The commands: what is parsed, what is run, what the process answers with.
 //!
-//! Owns the exit codes (0 done, 1 failed, 2 wrong usage) and the one line on standard error. Nothing but a command's result goes to
+//! Owns the exit codes (0 done, 1 failed, 2 wrong usage; a judgement has more) and the one line on standard error. Nothing but a command's result goes to
 //! standard output.
 
+#[cfg(feature = "testkit")]
+mod check;
 mod children;
 mod cluster;
 mod compare;
@@ -56,6 +58,9 @@ enum Command {
     Cluster(cluster::ClusterArgs),
     /// Check the data directory of a broker that is not running
     Fsck(FsckArgs),
+    /// Judge the kept history of a fault run: 0 passed, 3 anomalies, 4 proves nothing
+    #[cfg(feature = "testkit")]
+    Check(check::CheckArgs),
 }
 
 /// Which cluster a client command talks to.
@@ -161,6 +166,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Consume(args) => records::consume(args).await,
         Command::Cluster(args) => cluster::run(args).await,
         Command::Fsck(args) => fsck(&args),
+        #[cfg(feature = "testkit")]
+        Command::Check(args) => check::run(&args),
     }
 }
 
@@ -334,6 +341,8 @@ mod tests {
             "logboom cluster status --json",
             "logboom cluster elect-leaders",
             "logboom fsck d --json",
+            "logboom check f --json",
+            "logboom check f --operations 5 --unknown 1 --leader-changes 1 --fault kill=2 --fault pause=1",
             "logboom --log debug topic list",
             "logboom topic list --log debug",
         ] {

@@ -6,7 +6,7 @@
 //! Every record written in a run has a value of its own, a number: so a value found in the log names the append it came from.
 //! Times are nanoseconds since the run began, by one monotonic clock for all sessions.
 
-use std::io::{self, BufRead, Write};
+use std::io::{self, BufRead, Read, Write};
 
 use serde::{Deserialize, Serialize};
 
@@ -138,7 +138,8 @@ pub const STRANGE_VALUE: u64 = u64::MAX;
 /// Something was broken.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FaultEvent {
-    /// What kind: `kill`, `pause`, `partition`, …
+    /// What kind: `kill`, `pause`, `partition`, … The checker knows those after which a copy may be gone or elsewhere, see
+    /// [`COPY_LOSING_FAULTS`](super::checker::COPY_LOSING_FAULTS); the others are only counted.
     pub kind: String,
     /// What was hit, for a person.
     pub target: String,
@@ -218,18 +219,44 @@ impl History {
         Ok(())
     }
 
-    /// Reads what [`History::write`] wrote; an error names the line. Empty lines are passed over.
+    /// Longest line of a history's file, in bytes: a whole reading of some ten million records.
+    pub const LINE_BYTES_MAX: u64 = 256 << 20;
+    /// Largest file, in bytes.
+    pub const FILE_BYTES_MAX: u64 = 8 << 30;
+
+    /// Reads what [`History::write`] wrote; an error names the line. Empty lines are passed over. A line or a file above the bounds is
+    /// refused before it is taken into memory.
     pub fn read(from: impl BufRead) -> io::Result<Self> {
+        Self::read_within(from, Self::LINE_BYTES_MAX, Self::FILE_BYTES_MAX)
+    }
+
+    fn read_within(mut from: impl BufRead, line_max: u64, file_max: u64) -> io::Result<Self> {
         let mut history = Self::default();
-        for (number, line) in (1..).zip(from.lines()) {
-            let line = line?;
-            if line.trim().is_empty() {
+        let (mut line, mut bytes) = (Vec::new(), 0_u64);
+        for number in 1_u64.. {
+            let wrong = |what: String| {
+                let what = format!("line {number} of the history: {what}");
+                io::Error::new(io::ErrorKind::InvalidData, what)
+            };
+            line.clear();
+            // One byte more than allowed tells a line that is too long from one that just fits.
+            let mut limited = from.by_ref().take(line_max + 1);
+            let read = limited.read_until(b'\n', &mut line)?;
+            let read = u64::try_from(read).unwrap_or(u64::MAX);
+            if read == 0 {
+                break;
+            }
+            if read > line_max {
+                return Err(wrong(format!("it has more than {line_max} bytes")));
+            }
+            bytes = bytes.saturating_add(read);
+            if bytes > file_max {
+                return Err(wrong(format!("the file has more than {file_max} bytes")));
+            }
+            if line.trim_ascii().is_empty() {
                 continue;
             }
-            let parsed = serde_json::from_str(&line).map_err(|error| {
-                let what = format!("line {number} of the history: {error}");
-                io::Error::new(io::ErrorKind::InvalidData, what)
-            })?;
+            let parsed = serde_json::from_slice(&line).map_err(|error| wrong(error.to_string()))?;
             match parsed {
                 Line::Operation(one) => history.operations.push(one),
                 Line::Fault(one) => history.faults.push(one),
@@ -292,5 +319,44 @@ mod tests {
         bytes.extend_from_slice(b"\n{\"operation\":{}}\n");
         let error = History::read(&bytes[..]).unwrap_err().to_string();
         assert!(error.starts_with("line 7 of the history"), "{error}");
+    }
+
+    /// Goal: neither a line nor a file takes more memory than it may, and what is no text is an error with its line. Method: bounds of
+    /// a few bytes, just fitting and one too small; bytes that are no UTF-8.
+    #[test]
+    fn what_is_too_large_or_no_text_is_refused() {
+        let history = History {
+            leaders: vec![
+                LeaderSeen {
+                    at_ns: 1,
+                    partition: 2,
+                    epoch: 3,
+                    broker: 4
+                };
+                2
+            ],
+            ..History::default()
+        };
+        let mut bytes = Vec::new();
+        history.write(&mut bytes).unwrap();
+        let (file, line) = (bytes.len() as u64, bytes.len() as u64 / 2);
+        let read = |line, file| History::read_within(&bytes[..], line, file);
+        assert_eq!(read(line, file).unwrap(), history);
+        let long = read(line - 1, file).unwrap_err().to_string();
+        assert!(
+            long.starts_with("line 1 ") && long.contains("more than"),
+            "{long}"
+        );
+        let large = read(line, file - 1).unwrap_err().to_string();
+        assert!(
+            large.starts_with("line 2 ") && large.contains("file"),
+            "{large}"
+        );
+        let error = History::read(&b"\n\xff\xfe\n"[..]).unwrap_err().to_string();
+        assert!(error.starts_with("line 2 "), "{error}");
+        // The last line may lack its end.
+        let whole = History::read(&bytes[..bytes.len() - 1]).unwrap();
+        assert_eq!(whole, history);
+        assert!(History::read(&bytes[..bytes.len() - 2]).is_err());
     }
 }

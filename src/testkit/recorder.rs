@@ -58,8 +58,8 @@ impl std::fmt::Debug for Recorder {
 }
 
 impl Recorder {
-    /// Most operations kept when nothing else is said: about 1 GiB of memory when each carries a few records.
-    pub const OPERATIONS_MAX: usize = 8_000_000;
+    /// Most operations kept when nothing else is said: some 200 bytes each, and 16 for each record they carry; 1.3 GiB at most.
+    pub const OPERATIONS_MAX: usize = 4_000_000;
     /// Records kept for each permitted operation, on average: 16 bytes each.
     const RECORDS_EACH: usize = 8;
 

@@ -4,8 +4,32 @@
 //! Runs in a simulation as it is: time and tasks are tokio's, and every choice comes from the seed.
 //!
 //! The sessions of a workload are numbered from `first_session` on: first the producers, then the plain appenders, the readers, the
-//! askers of end offsets.
+//! askers of end offsets, and the fencers, which have two numbers each.
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use logboom::client::Client;
+//! use logboom::testkit::checker::{Coverage, check};
+//! use logboom::testkit::recorder::Recorder;
+//! use logboom::testkit::workload::{Workload, WorkloadConfig, read_final_logs};
+//!
+//! # async fn run(client: Client) -> Result<(), Box<dyn std::error::Error>> {
+//! let recorder = Recorder::real();
+//! let workload = Workload::start(&client, &recorder, WorkloadConfig::new("orders", 3))?;
+//! let fault = recorder.fault_began("kill", "broker 1");
+//! // … hurt the cluster, and heal it
+//! recorder.fault_ended(fault);
+//! workload.stop().await;
+//! let logs = read_final_logs(&client, &recorder, "orders", 3, Duration::from_secs(60)).await?;
+//! let mut history = recorder.finish();
+//! history.logs = logs;
+//! let report = check(&history, &Coverage { operations_min: 1_000, ..Coverage::default() });
+//! assert!(report.passed(), "{report}");
+//! # Ok(())
+//! # }
+//! ```
 
+mod fence;
 mod read;
 mod value;
 mod write;
@@ -42,6 +66,8 @@ pub struct WorkloadConfig {
     pub readers: u32,
     /// Clients that ask for end offsets, linearizable and plain ones.
     pub end_askers: u32,
+    /// Clients that go on under higher and higher producer epochs, while late batches of the epoch before arrive; two sessions each.
+    pub fencers: u32,
     /// Bytes of each value; at least [`VALUE_BYTES_MIN`] are used.
     pub record_bytes: usize,
     /// Each session's wait between two calls, on average.
@@ -57,7 +83,7 @@ pub struct WorkloadConfig {
 }
 
 impl WorkloadConfig {
-    /// Two producers, a plain appender, two readers, an asker; values of 100 bytes, about one call per session every 2 ms.
+    /// Two producers, a plain appender, two readers, an asker, a fencer; values of 100 bytes, about one call per session every 2 ms.
     pub fn new(topic: &str, partitions: u32) -> Self {
         Self {
             topic: topic.to_owned(),
@@ -67,6 +93,7 @@ impl WorkloadConfig {
             plain_appenders: 1,
             readers: 2,
             end_askers: 1,
+            fencers: 1,
             record_bytes: 100,
             pause: Duration::from_millis(2),
             records_max: 1_000_000,
@@ -132,10 +159,15 @@ impl Workload {
         for _ in 0..config.end_askers {
             tasks.spawn_graceful(read::ask(session()));
         }
+        for _ in 0..config.fencers {
+            tasks.spawn_graceful(fence::fence(session()));
+            // The late batches' number.
+            session();
+        }
         Ok(Self { tasks })
     }
 
-    /// Asks nothing more, waits for the answers that are out, [`WorkloadConfig::answer_within`] at most, and ends. What has no answer
+    /// Asks nothing more, waits for the answers that are out, twice [`WorkloadConfig::answer_within`] at most, and ends. What has no answer
     /// then stays unanswered in the history. Cancel safe: the clients stop either way.
     pub async fn stop(self) {
         self.tasks.shutdown().await;

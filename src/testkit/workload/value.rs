@@ -49,7 +49,7 @@ pub fn decode_value(bytes: &[u8]) -> u64 {
     }
 }
 
-/// SplitMix64: every state leads to another word.
+/// `SplitMix64`: every state leads to another word.
 fn next(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut word = *state;
