@@ -3,6 +3,9 @@
 //! Owns the set of a broker's tasks and the token that stops them. Monotonic time is `tokio::time`, which a
 //! test can pause; wall-clock time is used for record timestamps only, never for a decision about safety.
 
+#[cfg(feature = "sim")]
+pub mod sim;
+
 use std::future::Future;
 
 use tokio_util::sync::CancellationToken;
@@ -61,7 +64,12 @@ impl Tasks {
         F: FnOnce() -> T + Send + 'static,
         T: Send + 'static,
     {
-        self.tracker.spawn_blocking(work)
+        let token = self.tracker.token();
+        spawn_blocking(move || {
+            let done = work();
+            drop(token);
+            done
+        })
     }
 
     /// Resolves when the set has been told to stop.
@@ -87,8 +95,22 @@ impl Tasks {
     }
 }
 
+/// Runs blocking work on the pool for it, as nobody's task. In the simulation, which has one thread, it is done in a task's turn.
+#[allow(clippy::disallowed_methods)] // in the simulation: as unowned as work on the pool
+pub fn spawn_blocking<F, T>(work: F) -> tokio::task::JoinHandle<T>
+where
+    F: FnOnce() -> T + Send + 'static,
+    T: Send + 'static,
+{
+    #[cfg(feature = "sim")]
+    return tokio::spawn(async move { work() });
+    #[cfg(not(feature = "sim"))]
+    tokio::task::spawn_blocking(work)
+}
+
 /// Milliseconds since 1970 by the wall clock; for record timestamps only.
 #[allow(clippy::disallowed_methods)] // the one place that asks the wall clock
+#[cfg(not(feature = "sim"))]
 pub fn wall_clock_ms() -> i64 {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     now.map_or(0, |since| {
@@ -96,10 +118,23 @@ pub fn wall_clock_ms() -> i64 {
     })
 }
 
+/// Milliseconds since 1970 by the wall clock of the simulation, right or wrong.
+#[cfg(feature = "sim")]
+pub fn wall_clock_ms() -> i64 {
+    sim::wall_clock_ms()
+}
+
 /// A random number from the operating system's generator, for identities.
+#[cfg(not(feature = "sim"))]
 #[allow(clippy::disallowed_methods)] // the one place that draws
 pub fn random_u128() -> u128 {
     rand::Rng::random(&mut rand::rng())
+}
+
+/// A random number, from the simulation's seed.
+#[cfg(feature = "sim")]
+pub fn random_u128() -> u128 {
+    sim::draw()
 }
 
 /// A seed for a generator that is then used locally, as for jitter.

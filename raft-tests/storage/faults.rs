@@ -84,6 +84,29 @@ async fn check_acked(store: &Store, acked: &Acked, what: &str) {
     }
 }
 
+/// Goal: what a failed sync left behind in memory only, and a new process found there, is durable once it counts. Method: fail a
+/// sync, open the directory again on what the operating system shows, and then take the power.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_survived_a_failed_sync_is_made_durable_before_it_counts() {
+    let disk = MemDisk::new();
+    let place = Place::Memory(disk.clone());
+    let store = place.open().unwrap();
+    append_durable(&group(&store, 1), entries(1, 1, 0, 3, 700));
+    disk.fail_sync(disk.counts().1 + 1, false);
+    let told = append(&group(&store, 1), entries(1, 1, 3, 6, 700));
+    assert!(told.recv_timeout(DEADLINE).is_err(), "told after a failure");
+    store.abandon();
+    let store = place.open().unwrap();
+    let last = group(&store, 1).flushed();
+    assert_eq!(last, Some(id(1, 5)), "the process was killed, not the machine");
+    store.abandon();
+    disk.crash(1, false);
+    let store = place.open().unwrap();
+    let log = group(&store, 1);
+    assert_eq!(log.flushed(), last);
+    assert_eq!(read_all(&log).await.unwrap(), entries(1, 1, 0, 6, 700));
+}
+
 /// Goal: a write or sync that fails, once or from then on, ends the store: nothing is acknowledged afterwards, and what
 /// was before is there after a loss of power. Method: fail every single write and sync of a workload in turn.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

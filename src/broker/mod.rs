@@ -26,7 +26,9 @@ use crate::net::{
     Channel, Handler, Identity, Lane, Message, Net, NetConfig, Origin, PeerState, Reply,
 };
 use crate::raft::{Group, Groups, RaftConfig};
-use crate::runtime::Tasks;
+use crate::runtime::{Tasks, spawn_blocking};
+#[cfg(any(test, feature = "testkit"))]
+use crate::storage::MemDisk;
 use crate::storage::{Store, StoreConfig};
 use crate::types::{BrokerId, Endpoint, Error, GroupId, Incarnation, ReplicaId, ReplicaKind};
 
@@ -138,6 +140,8 @@ impl fmt::Debug for Broker {
 #[derive(Debug)]
 pub struct BrokerBuilder {
     config: BrokerConfig,
+    #[cfg(any(test, feature = "testkit"))]
+    disk: Option<MemDisk>,
 }
 
 impl BrokerBuilder {
@@ -147,22 +151,66 @@ impl BrokerBuilder {
     /// # Errors
     /// The configuration is invalid, the data directory is in use, damaged or somebody else's, or the port is taken.
     pub async fn start(self) -> Result<Broker, Error> {
-        Broker::start(self.config).await
+        self.config.validate()?;
+        let store = self.open_store().await?;
+        Broker::start(self.config, store).await
+    }
+
+    /// Keeps the data on `disk` in the place of the data directory, whose path then only shows in messages.
+    #[cfg(any(test, feature = "testkit"))]
+    #[must_use]
+    pub fn memory_disk(mut self, disk: &MemDisk) -> Self {
+        self.disk = Some(disk.clone());
+        self
+    }
+
+    async fn open_store(&self) -> Result<Store, Error> {
+        let config = &self.config;
+        let store_config = StoreConfig {
+            directory: config.data_dir.clone(),
+            segment_bytes: config.segment_bytes,
+            cache_bytes: config.cache_bytes,
+            catalog_cache_bytes: config.catalog_cache_bytes,
+            catalog_sync_bytes: config.segment_bytes / 2,
+            commit_bytes_max: 8 << 20,
+            reserve_bytes: config.disk_reserve_bytes,
+        };
+        let id = BrokerId(config.broker_id);
+        #[cfg(any(test, feature = "testkit"))]
+        let disk = self.disk.clone();
+        let open = move || {
+            #[cfg(any(test, feature = "testkit"))]
+            if let Some(disk) = disk {
+                return Store::open_in_memory(&disk, &store_config, id);
+            }
+            Store::open(&store_config, id)
+        };
+        match spawn_blocking(open).await {
+            Ok(Ok(store)) => Ok(store),
+            Ok(Err(error)) => Err(Error::Refused {
+                reason: error.to_string(),
+            }),
+            Err(error) => Err(Error::Failed {
+                reason: error.to_string(),
+            }),
+        }
     }
 }
 
 impl Broker {
     /// A broker with this configuration.
     pub fn builder(config: BrokerConfig) -> BrokerBuilder {
-        BrokerBuilder { config }
+        BrokerBuilder {
+            config,
+            #[cfg(any(test, feature = "testkit"))]
+            disk: None,
+        }
     }
 
-    async fn start(config: BrokerConfig) -> Result<Self, Error> {
-        config.validate()?;
+    async fn start(config: BrokerConfig, store: Store) -> Result<Self, Error> {
         let mut bootstrap = config.bootstrap_endpoints()?;
         let id = BrokerId(config.broker_id);
         let tasks = Tasks::new();
-        let store = open_store(&config, id).await?;
         let directory = store.identity();
         let identity = Identity {
             broker: id,
@@ -345,34 +393,18 @@ impl Broker {
         }
     }
 
+    /// The replicas that run here.
+    #[cfg(any(test, feature = "testkit"))]
+    pub fn replicas(&self) -> Vec<crate::partition::Partition> {
+        self.reconciler.partitions()
+    }
+
     /// What a crash leaves: nothing that is queued becomes durable any more, the directory is free, and no request is answered.
     /// Blocking. The caller drops the runtime that the broker runs in, without polling anything of it again.
     #[cfg(any(test, feature = "testkit"))]
     pub(crate) fn abandon(&self) {
         self.context.store.abandon();
         self.service.refuse();
-    }
-}
-
-async fn open_store(config: &BrokerConfig, id: BrokerId) -> Result<Store, Error> {
-    let store_config = StoreConfig {
-        directory: config.data_dir.clone(),
-        segment_bytes: config.segment_bytes,
-        cache_bytes: config.cache_bytes,
-        catalog_cache_bytes: config.catalog_cache_bytes,
-        catalog_sync_bytes: config.segment_bytes / 2,
-        commit_bytes_max: 8 << 20,
-        reserve_bytes: config.disk_reserve_bytes,
-    };
-    let opened = tokio::task::spawn_blocking(move || Store::open(&store_config, id)).await;
-    match opened {
-        Ok(Ok(store)) => Ok(store),
-        Ok(Err(error)) => Err(Error::Refused {
-            reason: error.to_string(),
-        }),
-        Err(error) => Err(Error::Failed {
-            reason: error.to_string(),
-        }),
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Owns how many connections there are. Does not interpret messages: they go to the handler.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,7 +19,7 @@ use crate::types::BrokerId;
 const ACCEPT_PAUSE: Duration = Duration::from_millis(20);
 
 /// By connection number; the lane of a broker's connection, `None` for a client's.
-type Links = HashMap<u64, (Arc<Link>, Option<Lane>)>;
+type Links = BTreeMap<u64, (Arc<Link>, Option<Lane>)>;
 
 /// Connections that came in and passed the handshake.
 #[derive(Debug, Default)]

@@ -15,7 +15,7 @@ use super::frame::{
     Decoder, FIXED_BYTES, Frame, FrameError, HANDSHAKE_BYTES_MAX, Hello, Kind, LENGTH_BYTES,
     PREAMBLE_BYTES, Welcome, check_preamble, one_frame, preamble,
 };
-use super::socket::{TcpStream, lookup_host};
+use super::socket::{TcpStream, connect as connect_to, lookup_host};
 use super::{Identity, NetConfig, NetError};
 #[cfg(any(test, feature = "testkit"))]
 use crate::types::BrokerId;
@@ -82,7 +82,7 @@ async fn dial(address: &str) -> Result<TcpStream, Failure> {
     let mut evidence = Evidence::NobodyListens;
     let mut last = None;
     for one in found {
-        match TcpStream::connect(one).await {
+        match connect_to(one).await {
             Ok(stream) => {
                 stream.set_nodelay(true).ok(); // slower without, not wrong
                 return Ok(stream);

@@ -26,9 +26,43 @@ mod peer;
 mod tests;
 
 /// The one place where socket types are named, so that others can take their place.
+#[cfg(not(feature = "sim"))]
 mod socket {
     pub(super) use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
     pub(super) use tokio::net::{TcpListener, TcpStream, lookup_host};
+
+    pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+        TcpStream::connect(address).await
+    }
+}
+
+/// The same of the simulation, where a host name is that of a simulated host.
+#[cfg(feature = "sim")]
+mod socket {
+    pub(super) use turmoil::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+    pub(super) use turmoil::net::{TcpListener, TcpStream};
+
+    /// turmoil answers for a host that cannot be reached as if it refused; a real network does not answer.
+    pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+        match TcpStream::connect(address).await {
+            Err(error)
+                if error.kind() == std::io::ErrorKind::ConnectionRefused
+                    && !crate::runtime::sim::refuses(address.ip()) =>
+            {
+                std::future::pending().await
+            }
+            other => other,
+        }
+    }
+
+    pub(super) async fn lookup_host(
+        address: &str,
+    ) -> std::io::Result<std::iter::Once<std::net::SocketAddr>> {
+        let bad = || std::io::Error::from(std::io::ErrorKind::InvalidInput);
+        let (host, port) = address.rsplit_once(':').ok_or_else(bad)?;
+        let port: u16 = port.parse().map_err(|_| bad())?;
+        Ok(std::iter::once((turmoil::lookup(host), port).into()))
+    }
 }
 
 use std::collections::{BTreeMap, BTreeSet};

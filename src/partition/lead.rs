@@ -35,6 +35,11 @@ impl From<&GroupStatus> for Seen {
             last: status.last.map(|entry| entry.index),
             committed: status.committed.map(|entry| entry.index),
             applied: status.applied.map(|entry| entry.index),
+            #[cfg(feature = "sim")]
+            serves: status.is_serving()
+                || crate::runtime::sim::makes(crate::runtime::sim::Bug::ServesAtOnce)
+                    && status.role == Role::Leader,
+            #[cfg(not(feature = "sim"))]
             serves: status.is_serving(),
         }
     }
@@ -241,6 +246,12 @@ pub(super) fn close(inner: &Inner, standing: Standing, seen: Option<Seen>) {
 
 /// Lets readers see up to `offset`, when this replica serves: committed, and held durably by enough data replicas.
 pub(super) fn raise_high_watermark(inner: &Inner, offset: Offset) {
+    #[cfg(feature = "sim")]
+    let offset = if crate::runtime::sim::makes(crate::runtime::sim::Bug::WatermarkOffByOne) {
+        Offset(offset.0 + 1)
+    } else {
+        offset
+    };
     inner.gate.send_if_modified(|gate| {
         let raises = gate.standing == Standing::Serves && gate.high_watermark < offset;
         if raises {

@@ -13,11 +13,16 @@ pub mod fuzzing;
 mod index;
 mod isr;
 mod lead;
+#[cfg(any(test, feature = "testkit"))]
+mod local;
 mod producer_table;
 mod propose;
 mod read;
 mod retain;
 mod state_machine;
+
+#[cfg(any(test, feature = "testkit"))]
+pub use local::LocalReplica;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -237,6 +242,12 @@ impl Inner {
                 after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
             },
             RaftError::Stopped { .. } if !was_proposed => Error::ShuttingDown,
+            #[cfg(feature = "sim")]
+            RaftError::Lost
+                if crate::runtime::sim::makes(crate::runtime::sim::Bug::UnknownCalledFailed) =>
+            {
+                Error::LeaderUnavailable { partition }
+            }
             RaftError::Lost | RaftError::Stopped { .. } => Error::LeadershipLost { partition },
             other => Error::Failed {
                 reason: other.to_string(),

@@ -75,6 +75,10 @@ impl ProducerTable {
             found if found == expected => Admission::Next,
             found => Admission::OutOfOrder { expected, found },
         };
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::NoDeduplication) {
+            return Admission::Next;
+        }
         let Some(producer) = self.producers.get(&stamp.id) else {
             return out_of_order(0);
         };

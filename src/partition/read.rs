@@ -153,7 +153,7 @@ where
     found.map_err(|error| index_error(inner, &error))
 }
 
-async fn find_batches(
+pub(super) async fn find_batches(
     inner: &Arc<Inner>,
     from: Offset,
     below: Offset,
@@ -178,7 +178,7 @@ async fn find_batches(
 }
 
 /// Reads the batches at `found`, in order and with their place set.
-async fn read_batches(
+pub(super) async fn read_batches(
     inner: &Arc<Inner>,
     offset: Offset,
     found: &[BatchRef],
@@ -252,6 +252,10 @@ async fn linearizable_end(
     gate: &mut watch::Receiver<Gate>,
     deadline: Instant,
 ) -> Result<Offset, Error> {
+    #[cfg(feature = "sim")]
+    if crate::runtime::sim::makes(crate::runtime::sim::Bug::StaleLocalRead) {
+        return Ok(look(inner, gate)?.1);
+    }
     let after = deadline.saturating_duration_since(Instant::now());
     let asked = inner.group.linearize(after).await;
     asked.map_err(|error| inner.error_of(&error, false))?;

@@ -188,6 +188,15 @@ impl LogState {
                 "partition state from {start} to {next}, indexed to {end}"
             )));
         }
+        #[cfg(feature = "sim")]
+        let saved = if crate::runtime::sim::makes(crate::runtime::sim::Bug::DuplicatesForgotten) {
+            SavedState {
+                producers: ProducerTable::default().to_saved(),
+                ..saved
+            }
+        } else {
+            saved
+        };
         Ok(Self {
             next_offset: saved.next_offset,
             log_start: saved.log_start,

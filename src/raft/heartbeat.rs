@@ -3,7 +3,7 @@
 //! Owns one queue and one task per peer. The first heartbeat after a quiet moment leaves at once; those that follow within
 //! `heartbeat_linger` leave together. A group that is slow to answer does not delay the others: its place stays empty.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::sync::Mutex;
 use std::time::Duration;
 
@@ -36,7 +36,7 @@ pub(crate) struct Heartbeats {
     tasks: Tasks,
     linger: Duration,
     timeout: Duration,
-    peers: Mutex<HashMap<BrokerId, mpsc::Sender<Queued>>>,
+    peers: Mutex<BTreeMap<BrokerId, mpsc::Sender<Queued>>>,
 }
 
 impl Heartbeats {
@@ -46,7 +46,7 @@ impl Heartbeats {
             tasks,
             linger: config.heartbeat_linger,
             timeout: config.heartbeat_interval,
-            peers: Mutex::new(HashMap::new()),
+            peers: Mutex::new(BTreeMap::new()),
         }
     }
 

@@ -4,7 +4,7 @@
 //! make another group wait; everything else runs in a task of its own. When a connection ends, its inboxes are worked off
 //! before they end: what a dead leader had sent is in the log before its successor is chosen.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::time::Duration;
@@ -31,7 +31,7 @@ use crate::types::{BrokerId, GroupId, ReplicaId};
 const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
 
 /// Which stream of appends a message belongs to.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 struct Source {
     connection: u64,
     group: GroupId,
@@ -61,10 +61,10 @@ pub(crate) struct Inbound {
     tasks: Tasks,
     /// Messages that may wait in one inbox.
     limit: usize,
-    inboxes: Mutex<HashMap<Source, Inbox>>,
-    partials: Mutex<HashMap<Source, Partial>>,
+    inboxes: Mutex<BTreeMap<Source, Inbox>>,
+    partials: Mutex<BTreeMap<Source, Partial>>,
     /// Inboxes per sending broker that have not ended.
-    open: Mutex<HashMap<BrokerId, watch::Sender<usize>>>,
+    open: Mutex<BTreeMap<BrokerId, watch::Sender<usize>>>,
 }
 
 impl Inbound {
@@ -73,9 +73,9 @@ impl Inbound {
             tasks,
             // A sender that starts over leaves what it had in flight behind.
             limit: append_inflight_max.saturating_mul(4),
-            inboxes: Mutex::new(HashMap::new()),
-            partials: Mutex::new(HashMap::new()),
-            open: Mutex::new(HashMap::new()),
+            inboxes: Mutex::new(BTreeMap::new()),
+            partials: Mutex::new(BTreeMap::new()),
+            open: Mutex::new(BTreeMap::new()),
         }
     }
 

@@ -239,6 +239,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
     }
 
     async fn save_vote(&mut self, vote: &Vote) -> Result<(), io::Error> {
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::VoteNotPersisted) {
+            return Ok(());
+        }
         let bytes = encode(&VoteRecord::from(*vote)).into();
         self.store().save_vote(bytes).await.map_err(io_error)
     }
@@ -268,6 +272,15 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         // Before the entries can be seen, so that no one can match more than the leader is known to have.
         self.replica.set_last(Some(last));
         let replica = Arc::clone(&self.replica);
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::AppendFromMemory) {
+            self.store()
+                .append(stored, Box::new(|| {}))
+                .map_err(io_error)?;
+            callback.io_completed(Ok(()));
+            replica.flushed();
+            return Ok(());
+        }
         let flushed = Box::new(move || {
             callback.io_completed(Ok(()));
             replica.flushed();
@@ -277,6 +290,10 @@ impl RaftLogStorage<TypeConfig> for LogStore {
 
     async fn truncate_after(&mut self, last: Option<LogId>) -> Result<(), io::Error> {
         let last = last.map(|id| LogIndex(id.index));
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::ConflictKept) {
+            return Ok(());
+        }
         self.store().truncate_after(last).map_err(io_error)?;
         self.replica.set_last(last);
         Ok(())

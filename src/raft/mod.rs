@@ -18,6 +18,8 @@ mod network;
 mod observe;
 mod progress;
 mod replica;
+#[cfg(feature = "sim")]
+mod sim_runtime;
 mod type_config;
 mod wire;
 

@@ -178,6 +178,10 @@ impl Board {
         if epoch != self.epoch || self.others.is_empty() {
             return LogIndex(0);
         }
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::WitnessAhead) {
+            return LogIndex(u64::MAX);
+        }
         let counted = self.data_voters.iter().filter(|id| {
             self.in_sync
                 .as_ref()

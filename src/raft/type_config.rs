@@ -88,7 +88,10 @@ impl openraft::RaftTypeConfig for TypeConfig {
         = openraft::impls::InlineBatch<T>
     where
         T: OptionalSend + 'static;
+    #[cfg(not(feature = "sim"))]
     type AsyncRuntime = openraft_rt_tokio::TokioRuntime;
+    #[cfg(feature = "sim")]
+    type AsyncRuntime = super::sim_runtime::SimRuntime;
     type ErrorSource = openraft::AnyError;
 }
 

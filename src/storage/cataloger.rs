@@ -8,12 +8,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 
 use super::StorageError;
 use super::catalog::{CatalogError, Change};
 use super::cleaner::Cleaner;
 use super::committer::{Done, Fact};
 use super::core::{Core, JOURNAL_DIR, segment_path};
+use super::drive::{self, Wake, pace};
 use super::frame::{Frame, JOURNAL, Kind};
 use super::group::{Group, Log};
 use super::ledger::{self, Ledger, LedgerError};
@@ -36,7 +38,7 @@ struct State {
 #[derive(Debug, Default)]
 pub(super) struct CatalogQueue {
     state: Mutex<State>,
-    wake: Condvar,
+    wake: Wake,
     room: Condvar,
 }
 
@@ -56,20 +58,20 @@ impl CatalogQueue {
         }
         state.facts.extend(facts);
         drop(state);
-        self.wake.notify_one();
+        drive::wake(&self.wake);
     }
 
     /// Nothing more will come.
     pub(super) fn close(&self) {
         self.lock().closed = true;
-        self.wake.notify_all();
+        drive::wake(&self.wake);
         self.room.notify_all();
     }
 
     /// Lets the cataloger look again although nothing new is durable.
     pub(super) fn nudge(&self) {
         self.lock().nudged = true;
-        self.wake.notify_all();
+        drive::wake(&self.wake);
     }
 
     /// Whether the watermark should be synced now; asked once.
@@ -77,20 +79,24 @@ impl CatalogQueue {
         std::mem::take(&mut self.lock().watermark_sync)
     }
 
-    fn drain(&self, wait: bool) -> Option<Vec<Fact>> {
+    /// Waits for something to do; `None` at the end.
+    async fn next(&self) -> Option<Vec<Fact>> {
+        let work = |state: &mut State| {
+            let over = state.facts.is_empty() && state.closed;
+            (!state.facts.is_empty() || state.nudged || state.closed).then_some(!over)
+        };
+        let more = drive::wait(&self.wake, &self.state, work).await;
+        more.then(|| self.drain())
+    }
+
+    /// What is there now.
+    fn drain(&self) -> Vec<Fact> {
         let mut state = self.lock();
-        while wait && state.facts.is_empty() && !state.nudged && !state.closed {
-            state = self
-                .wake
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
         state.nudged = false;
         let facts = std::mem::take(&mut state.facts);
-        let over = wait && facts.is_empty() && state.closed;
         drop(state);
         self.room.notify_all();
-        (!over).then_some(facts)
+        facts
     }
 }
 
@@ -157,11 +163,11 @@ pub(super) struct Cataloger {
 }
 
 impl Cataloger {
-    /// Works until the committer has ended.
-    pub(super) fn run(mut self) {
+    /// Works until the committer has ended. On its thread it blocks and is never pending.
+    pub(super) async fn run(mut self) {
         let core = self.core.clone();
-        let work = std::panic::AssertUnwindSafe(|| self.work());
-        match std::panic::catch_unwind(work) {
+        let work = std::panic::AssertUnwindSafe(self.work());
+        match work.catch_unwind().await {
             Ok(Ok(())) => {}
             Ok(Err(Trouble::Catalog(error))) => drop(core.fail_catalog(&error)),
             Ok(Err(Trouble::Io(error))) => {
@@ -178,8 +184,9 @@ impl Cataloger {
         core.catalog_queue.close();
     }
 
-    fn work(&mut self) -> Result<(), Trouble> {
-        while let Some(facts) = self.core.catalog_queue.drain(true) {
+    async fn work(&mut self) -> Result<(), Trouble> {
+        while let Some(facts) = self.core.catalog_queue.next().await {
+            pace(&*self.core.disk).await;
             if self.core.check().is_err() {
                 return Ok(());
             }
@@ -238,7 +245,7 @@ impl Cataloger {
             .iter()
             .filter_map(|group| Overlay::of(group, &group.lock()))
             .collect();
-        let facts = self.core.catalog_queue.drain(false).unwrap_or_default();
+        let facts = self.core.catalog_queue.drain();
         self.apply(facts)?;
         let catalog = match self.core.catalog() {
             Ok(catalog) => catalog,

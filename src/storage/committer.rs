@@ -8,12 +8,14 @@
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
+use futures_util::FutureExt;
 
 use super::core::Core;
 use super::disk::DiskFile;
+use super::drive::{self, Wake, pace};
 use super::frame::{Frame, Head, Kind, SEGMENT_HEADER, SegmentHead, put_frame, seed};
 use super::group::Group;
 use super::identity::Watermark;
@@ -81,7 +83,7 @@ pub(super) struct State {
 /// The queue of the committer.
 pub(super) struct Queue {
     state: Mutex<State>,
-    wake: Condvar,
+    wake: Wake,
 }
 
 impl std::fmt::Debug for Queue {
@@ -103,7 +105,7 @@ impl Queue {
                 closing: false,
                 stopped: false,
             }),
-            wake: Condvar::new(),
+            wake: Wake::default(),
         }
     }
 
@@ -178,7 +180,7 @@ impl Queue {
         });
         drop(state);
         if wake {
-            self.wake.notify_one();
+            drive::wake(&self.wake);
         }
         Ok(position)
     }
@@ -191,7 +193,7 @@ impl Queue {
     /// Lets the committer end once everything queued is durable.
     pub(super) fn close(&self) {
         self.lock().closing = true;
-        self.wake.notify_all();
+        drive::wake(&self.wake);
     }
 
     /// Whether the store was left behind without being closed.
@@ -206,28 +208,26 @@ impl Queue {
         let lost = std::mem::take(&mut state.tickets);
         let cached = std::mem::take(&mut state.cached);
         drop(state);
-        self.wake.notify_all();
+        drive::wake(&self.wake);
         // Outside the lock: dropping a callback may run its owner's code.
         drop((lost, cached));
     }
 
-    fn take(&self, max: u64) -> Option<Vec<Ticket>> {
-        let mut state = self.lock();
-        loop {
-            if state.stopped {
-                return None;
+    /// Waits for tickets and takes up to `max` bytes of them; `None` at the end.
+    async fn take(&self, max: u64) -> Option<Vec<Ticket>> {
+        drive::wait(&self.wake, &self.state, |state| {
+            if state.stopped || (state.tickets.is_empty() && state.closing) {
+                Some(None)
+            } else if state.tickets.is_empty() {
+                None
+            } else {
+                Some(Some(Self::batch(state, max)))
             }
-            if !state.tickets.is_empty() {
-                break;
-            }
-            if state.closing {
-                return None;
-            }
-            state = self
-                .wake
-                .wait(state)
-                .unwrap_or_else(PoisonError::into_inner);
-        }
+        })
+        .await
+    }
+
+    fn batch(state: &mut State, max: u64) -> Vec<Ticket> {
         let mut batch = Vec::with_capacity(state.tickets.len().min(1024));
         let mut bytes = 0;
         while let Some(ticket) = state.tickets.front() {
@@ -241,7 +241,7 @@ impl Queue {
             .iter()
             .filter(|ticket| matches!(ticket.work, Work::Frames(_)));
         state.queued -= framed.map(|ticket| ticket.bytes).sum::<u64>();
-        Some(batch)
+        batch
     }
 
     /// Durable entries whose bytes do not fit into `budget` any more, oldest first.
@@ -280,11 +280,11 @@ pub(super) struct Committer {
 }
 
 impl Committer {
-    /// Works until the queue is closed or stopped, or something fails.
-    pub(super) fn run(mut self) {
+    /// Works until the queue is closed or stopped, or something fails. On its thread it blocks and is never pending.
+    pub(super) async fn run(mut self) {
         let core = self.core.clone();
-        let work = std::panic::AssertUnwindSafe(|| self.work());
-        match std::panic::catch_unwind(work) {
+        let work = std::panic::AssertUnwindSafe(self.work());
+        match work.catch_unwind().await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => drop(core.fail(format!("cannot write the journal: {error}"))),
             Err(panic) => {
@@ -297,14 +297,15 @@ impl Committer {
         core.catalog_queue.close();
     }
 
-    fn work(&mut self) -> io::Result<()> {
+    async fn work(&mut self) -> io::Result<()> {
         let max = self.core.config.commit_bytes_max as u64;
         let mut buffer = Vec::new();
-        while let Some(batch) = self.core.queue.take(max.max(1)) {
+        while let Some(batch) = self.core.queue.take(max.max(1)).await {
             if self.core.check().is_err() {
                 return Ok(());
             }
-            let (facts, done) = self.write(batch, &mut buffer)?;
+            let (facts, done) = self.write(batch, &mut buffer).await?;
+            pace(&*self.core.disk).await;
             let end = self.segment + self.end_of(&facts);
             self.core.durable.store(end, Ordering::Release);
             self.watermark.write(end)?;
@@ -348,7 +349,11 @@ impl Committer {
     }
 
     /// Writes a batch and syncs it.
-    fn write(&mut self, batch: Vec<Ticket>, buffer: &mut Vec<u8>) -> io::Result<(Vec<Fact>, Told)> {
+    async fn write(
+        &mut self,
+        batch: Vec<Ticket>,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<(Vec<Fact>, Told)> {
         let seed = seed(self.core.incarnation);
         let mut facts = Vec::with_capacity(batch.len());
         let mut done = Vec::with_capacity(batch.len());
@@ -363,7 +368,7 @@ impl Committer {
             );
             match ticket.work {
                 Work::Segment => {
-                    self.flush(buffer, start)?;
+                    self.flush(buffer, start).await?;
                     buffer.clear();
                     self.begin_segment(ticket.position)?;
                     let head = SegmentHead {
@@ -401,12 +406,12 @@ impl Committer {
             }
             done.push((ticket.group, ticket.done));
         }
-        self.flush(buffer, start)?;
+        self.flush(buffer, start).await?;
         Ok((facts, done))
     }
 
     /// Writes `bytes` at journal position `start` and makes them durable.
-    fn flush(&mut self, bytes: &[u8], start: u64) -> io::Result<()> {
+    async fn flush(&mut self, bytes: &[u8], start: u64) -> io::Result<()> {
         if bytes.is_empty() {
             return Ok(());
         }
@@ -426,7 +431,17 @@ impl Committer {
                 }
             }
         }
+        pace(&*self.core.disk).await;
         self.file.write_at(bytes, offset)?;
+        pace(&*self.core.disk).await;
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::AckBeforeSync) {
+            return Ok(());
+        }
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::SyncRetried) {
+            return self.file.sync().or_else(|_| self.file.sync());
+        }
         self.file.sync()
     }
 
@@ -443,7 +458,14 @@ impl Committer {
             .core
             .disk
             .create(&super::core::segment_path(position))?;
-        self.core.disk.sync_dir(super::core::JOURNAL_DIR)?;
+        #[cfg(feature = "sim")]
+        let is_synced =
+            !crate::runtime::sim::makes(crate::runtime::sim::Bug::DirectoryNotSynced);
+        #[cfg(not(feature = "sim"))]
+        let is_synced = true;
+        if is_synced {
+            self.core.disk.sync_dir(super::core::JOURNAL_DIR)?;
+        }
         self.core
             .segments
             .lock()

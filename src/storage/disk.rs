@@ -43,6 +43,11 @@ pub(super) trait Disk: fmt::Debug + Send + Sync {
     fn open_catalog(&self, cache_bytes: u64) -> Result<Arc<dyn Catalog>, CatalogError>;
     /// Throws the catalog away.
     fn remove_catalog(&self) -> io::Result<()>;
+    /// How long the next operation takes in simulated time.
+    #[cfg(feature = "sim")]
+    fn pace(&self) -> std::time::Duration {
+        std::time::Duration::ZERO
+    }
 }
 
 /// An open file. Positions are absolute, so that it can be shared.

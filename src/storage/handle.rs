@@ -1,14 +1,12 @@
 //! The handles through which everybody else uses the store.
 //!
-//! Owns the start and the end of the two threads, and turns calls into changes of a group and tickets in the
+//! Owns the life of an open store (what drives it is in `drive.rs`), and turns calls into changes of a group and tickets in the
 //! queue. Reads that memory can serve never wait; the others go to the blocking pool.
 
 use std::fmt;
 use std::future::Future;
-use std::io;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
-use std::thread::{Builder, JoinHandle};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -18,6 +16,7 @@ use super::catalog::{Catalog, VALUE_MAX};
 use super::committer::Done;
 use super::core::Core;
 use super::disk::{Disk, RealDisk};
+use super::drive::{self, Running};
 use super::frame::{FRAME_HEADER, Frame, Kind, PAYLOAD_MAX, entry_code};
 use super::group::{Group, Kept, Log, Source, id};
 use super::ledger::{self, Place};
@@ -25,6 +24,7 @@ use super::{
     Checkpoint, DirectoryIdentity, Flushed, LogEntry, LogState, StorageError, StoreConfig,
     identity, lock,
 };
+use crate::runtime::spawn_blocking;
 use crate::types::{BrokerId, ClusterId, EntryId, GroupId, LogIndex, ReplicaId};
 
 /// How long a figure of the disk's free space is used again.
@@ -37,7 +37,7 @@ const READ_ATTEMPTS: u32 = 4;
 /// The threads of an open store; they end when the last handle is gone.
 struct Threads {
     core: Arc<Core>,
-    running: Mutex<Vec<JoinHandle<()>>>,
+    running: Running,
 }
 
 impl Drop for Threads {
@@ -50,10 +50,7 @@ impl Drop for Threads {
 impl Threads {
     /// Waits for both threads, then lets go of the directory. Blocking.
     fn join(&self) {
-        for thread in std::mem::take(&mut *lock(&self.running)) {
-            // A panic has been caught and reported inside.
-            thread.join().ok();
-        }
+        self.running.join();
         let catalog = self.core.catalog.write();
         *catalog.unwrap_or_else(std::sync::PoisonError::into_inner) = None;
         *lock(&self.core.lock) = None;
@@ -103,21 +100,17 @@ impl Store {
         let opened = super::open::open(disk, config, broker)?;
         let core = opened.core;
         let (committer, cataloger) = (opened.committer, opened.cataloger);
-        let failed = |error: io::Error| StorageError::Failed {
-            what: format!("cannot start a thread: {error}"),
-        };
+        let running = drive::start(committer, cataloger).map_err(|error| {
+            // The one that was started ends.
+            core.queue.stop();
+            StorageError::Failed {
+                what: format!("cannot start a thread: {error}"),
+            }
+        })?;
         let threads = Threads {
             core: core.clone(),
-            running: Mutex::new(Vec::new()),
+            running,
         };
-        let committer = Builder::new()
-            .name("logboom-commit".to_owned())
-            .spawn(|| committer.run());
-        lock(&threads.running).push(committer.map_err(failed)?);
-        let cataloger = Builder::new()
-            .name("logboom-catalog".to_owned())
-            .spawn(|| cataloger.run());
-        lock(&threads.running).push(cataloger.map_err(failed)?);
         Ok(Self {
             core,
             threads: Arc::new(threads),
@@ -279,8 +272,10 @@ impl Store {
     pub async fn close(&self) -> Result<(), StorageError> {
         self.core.queue.close();
         let threads = self.threads.clone();
+        #[cfg(feature = "sim")]
+        threads.running.ended().await;
         // Not a task of the broker: it must outlive them all.
-        let joined = tokio::task::spawn_blocking(move || threads.join()).await;
+        let joined = spawn_blocking(move || threads.join()).await;
         if joined.is_err() {
             return Err(self.core.fail("closing was interrupted".to_owned()));
         }
@@ -525,7 +520,7 @@ impl GroupStore {
             }
         }
         let this = self.clone();
-        let read = tokio::task::spawn_blocking(move || this.read_slowly(from, max));
+        let read = spawn_blocking(move || this.read_slowly(from, max));
         read.await.unwrap_or_else(|error| {
             Err(StorageError::Failed {
                 what: format!("a read was interrupted: {error}"),
@@ -629,7 +624,7 @@ impl GroupStore {
         to: LogIndex,
     ) -> Result<Vec<EntryId>, StorageError> {
         let this = self.clone();
-        let found = tokio::task::spawn_blocking(move || this.key_ids(from.0, to.0));
+        let found = spawn_blocking(move || this.key_ids(from.0, to.0));
         found.await.unwrap_or_else(|error| {
             Err(StorageError::Failed {
                 what: format!("a read was interrupted: {error}"),

@@ -49,7 +49,19 @@ struct State {
     syncs: u64,
     fail_write: Option<(u64, bool)>,
     fail_sync: Option<(u64, bool)>,
+    /// Power goes when so many writes and syncs have been done: with this seed, torn or not.
+    power_ends: Option<(u64, u64, bool)>,
+    #[cfg(feature = "sim")]
+    pace: Option<Pace>,
     hold: Option<Arc<Hold>>,
+}
+
+/// How long operations take in simulated time.
+#[cfg(feature = "sim")]
+#[derive(Debug)]
+struct Pace {
+    rng: SmallRng,
+    longest: std::time::Duration,
 }
 
 /// Whether syncs wait, and who tells them to go on.
@@ -78,7 +90,18 @@ fn hit(fault: Option<(u64, bool)>, count: u64) -> bool {
 }
 
 impl State {
+    /// Before each write and sync: is there still power?
+    fn power(&mut self) -> io::Result<()> {
+        let done = self.writes + self.syncs;
+        if let Some((_, seed, tear)) = self.power_ends.take_if(|(at, ..)| done >= *at) {
+            self.crash(seed, tear);
+            return Err(dead());
+        }
+        Ok(())
+    }
+
     fn count_write(&mut self) -> io::Result<()> {
+        self.power()?;
         self.writes += 1;
         if hit(self.fail_write, self.writes) {
             return Err(io::Error::other(format!(
@@ -90,6 +113,7 @@ impl State {
     }
 
     fn count_sync(&mut self) -> Result<(), io::Error> {
+        self.power()?;
         self.syncs += 1;
         if hit(self.fail_sync, self.syncs) {
             return Err(io::Error::other(format!(
@@ -98,6 +122,40 @@ impl State {
             )));
         }
         Ok(())
+    }
+
+    fn crash(&mut self, seed: u64, tear: bool) {
+        let mut rng = SmallRng::seed_from_u64(seed);
+        self.life += 1;
+        self.locked = None;
+        self.power_ends = None;
+        let keep = if tear {
+            rng.random_range(0..=self.changes.len())
+        } else {
+            0
+        };
+        let mut names = self.durable_names.clone();
+        for change in self.changes.drain(..).take(keep) {
+            match change {
+                NameChange::Set(name, inode) => drop(names.insert(name, inode)),
+                NameChange::Gone(name) => drop(names.remove(&name)),
+            }
+        }
+        self.names.clone_from(&names);
+        self.durable_names = names;
+        let live: BTreeSet<u64> = self.names.values().copied().collect();
+        self.inodes.retain(|id, _| live.contains(id));
+        for inode in self.inodes.values_mut() {
+            inode.crash(tear.then_some(&mut rng));
+        }
+        let lost = tear && rng.random_bool(0.2);
+        let applied = tear && rng.random_bool(0.5);
+        let crashed = self.catalog.crashed(applied);
+        self.catalog = if lost {
+            MemCatalog::default()
+        } else {
+            crashed
+        };
     }
 
     fn set(&mut self, name: &str, inode: u64) {
@@ -114,6 +172,20 @@ impl Inode {
     fn touch(&mut self, from: usize, to: usize) {
         self.dirty
             .extend(from / SECTOR..to.div_ceil(SECTOR).max(from / SECTOR + 1));
+    }
+
+    /// Makes durable what was written since the last sync, and nothing that an earlier sync failed to.
+    fn sync(&mut self) {
+        resize(&mut self.durable, self.written.len());
+        for sector in &self.dirty {
+            let from = sector * SECTOR;
+            let to = (from + SECTOR).min(self.written.len());
+            if let (Some(bytes), Some(target)) =
+                (self.written.get(from..to), self.durable.get_mut(from..to))
+            {
+                target.copy_from_slice(bytes);
+            }
+        }
     }
 
     fn crash(&mut self, mut tear: Option<&mut SmallRng>) {
@@ -157,34 +229,38 @@ impl MemDisk {
     /// Loses power: what was not synced is gone, or (with `tear`) a random part of it is kept. Whoever has the
     /// directory open can do nothing any more.
     pub fn crash(&self, seed: u64, tear: bool) {
-        let mut rng = SmallRng::seed_from_u64(seed);
+        self.with(|state| state.crash(seed, tear));
+    }
+
+    /// Loses power, as [`MemDisk::crash`], in place of the first write or sync after `operations` more of them.
+    pub fn crash_after(&self, operations: u64, seed: u64, tear: bool) {
+        self.with(|state| {
+            let at = state.writes + state.syncs + operations;
+            state.power_ends = Some((at, seed, tear));
+        });
+    }
+
+    /// The process that has the directory open dies: it can do nothing any more, but what it had written is there, though not
+    /// durable before the next owner syncs it. Of the catalog only what was flushed is left, or (with `catalog`) all of it.
+    pub fn kill(&self, catalog: bool) {
         self.with(|state| {
             state.life += 1;
             state.locked = None;
-            let keep = if tear {
-                rng.random_range(0..=state.changes.len())
-            } else {
-                0
-            };
-            let mut names = state.durable_names.clone();
-            for change in state.changes.drain(..).take(keep) {
-                match change {
-                    NameChange::Set(name, inode) => drop(names.insert(name, inode)),
-                    NameChange::Gone(name) => drop(names.remove(&name)),
-                }
-            }
-            state.names.clone_from(&names);
-            state.durable_names = names;
-            let live: BTreeSet<u64> = state.names.values().copied().collect();
-            state.inodes.retain(|id, _| live.contains(id));
-            for inode in state.inodes.values_mut() {
-                inode.crash(tear.then_some(&mut rng));
-            }
-            let lost = tear && rng.random_bool(0.2);
-            let applied = tear && rng.random_bool(0.5);
-            let crashed = state.catalog.crashed(applied);
-            state.catalog = if lost { MemCatalog::default() } else { crashed };
+            state.power_ends = None;
+            state.catalog = state.catalog.crashed(catalog);
         });
+    }
+
+    /// How often it was lost or left by its owner: see [`MemDisk::crash`] and [`MemDisk::kill`].
+    pub fn lives(&self) -> u64 {
+        self.with(|state| state.life)
+    }
+
+    /// From now on every operation takes up to `longest` of simulated time, drawn with `seed`.
+    #[cfg(feature = "sim")]
+    pub fn set_pace(&self, seed: u64, longest: std::time::Duration) {
+        let rng = SmallRng::seed_from_u64(seed);
+        self.with(|state| state.pace = Some(Pace { rng, longest }));
     }
 
     /// Fails the `n`-th write (creations, renames and removals count) from the disk's beginning, 1 the first;
@@ -206,7 +282,7 @@ impl MemDisk {
     /// No fault any more.
     pub fn heal(&self) {
         let hold = self.with(|state| {
-            (state.fail_write, state.fail_sync) = (None, None);
+            (state.fail_write, state.fail_sync, state.power_ends) = (None, None, None);
             state.hold.take()
         });
         if let Some(hold) = hold {
@@ -497,6 +573,15 @@ impl Disk for Powered {
             Ok(())
         })
     }
+
+    #[cfg(feature = "sim")]
+    fn pace(&self) -> std::time::Duration {
+        self.disk.with(|state| {
+            state.pace.as_mut().map_or_else(Default::default, |pace| {
+                pace.longest.mul_f64(pace.rng.random_range(0.0..1.0))
+            })
+        })
+    }
 }
 
 #[derive(Debug)]
@@ -577,7 +662,7 @@ impl DiskFile for MemFile {
         }
         self.inode(|inode| {
             if failed.is_ok() {
-                inode.durable.clone_from(&inode.written);
+                inode.sync();
             }
             // After a failure too: the pages count as clean, and no later sync will write them.
             inode.dirty.clear();

@@ -19,6 +19,7 @@ mod cleaner;
 mod committer;
 mod core;
 mod disk;
+mod drive;
 mod frame;
 mod fsck;
 #[cfg(feature = "fuzzing")]

@@ -216,12 +216,13 @@ impl Opener<'_> {
         Ok(ledger.map(|ledger| (catalog, ledger)))
     }
 
-    /// The segment to go on writing, cut after its last frame.
+    /// The segment to go on writing, cut after its last frame, durable up to there whatever was `marked` so before.
     fn tidy(
         &self,
         survey: &mut Survey,
         scan: &Scan,
         incarnation: Incarnation,
+        marked: u64,
     ) -> io::Result<(Arc<dyn DiskFile>, u64)> {
         if let Some(base) = survey.unborn {
             let file = self.disk.create(&segment_path(base))?;
@@ -249,6 +250,7 @@ impl Opener<'_> {
             );
             file.set_len(scan.end - base)?;
         }
+        write_again(&*file, marked.max(base) - base, scan.end - base)?;
         file.sync()?;
         self.disk.sync_dir(JOURNAL_DIR)?;
         Ok((file, scan.end))
@@ -329,6 +331,27 @@ impl Opener<'_> {
     }
 }
 
+/// Writes the bytes from `from` to `to` once more as they are. When a sync fails, the operating system may go on showing what was
+/// written and yet never write it to the disk, not with any later sync either: only bytes written again are surely synced.
+fn write_again(file: &dyn DiskFile, mut from: u64, to: u64) -> io::Result<()> {
+    const PIECE: u64 = 1 << 20;
+    #[cfg(feature = "sim")]
+    if crate::runtime::sim::makes(crate::runtime::sim::Bug::TailTrusted) {
+        return Ok(());
+    }
+    while from < to {
+        let mut bytes = vec![0; usize::try_from((to - from).min(PIECE)).unwrap_or(0)];
+        let got = file.read_at(&mut bytes, from)?;
+        bytes.truncate(got);
+        if bytes.is_empty() {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        file.write_at(&bytes, from)?;
+        from += got as u64;
+    }
+    Ok(())
+}
+
 /// Opens the store on `disk`.
 pub(super) fn open(
     disk: &Arc<dyn Disk>,
@@ -371,7 +394,9 @@ pub(super) fn open(
     let groups = opener.groups(&ledger, &*catalog, &bases, seed(incarnation))?;
 
     // From here on the directory is changed.
-    let (file, end) = opener.tidy(&mut survey, &scan, incarnation).map_err(io)?;
+    let (file, end) = opener
+        .tidy(&mut survey, &scan, incarnation, mark.position)
+        .map_err(io)?;
     let segment = survey.bases.last().copied().unwrap_or(0);
     ledger.segment(segment, end);
     ledger.first_segment = first;

@@ -9,7 +9,7 @@
 mod read;
 mod write;
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,7 +74,7 @@ struct Asked {
 #[derive(Debug, Default)]
 struct State {
     queue: SendQueue,
-    asked: HashMap<u64, Asked>,
+    asked: BTreeMap<u64, Asked>,
     deadlines: BTreeSet<(Instant, u64)>,
     /// When the watcher will look at the deadlines next; `None`: not before it is told.
     armed: Option<Instant>,

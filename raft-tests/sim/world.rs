@@ -1,0 +1,426 @@
+//! The simulated cluster: hosts with a broker each, their disks, and one host of clients.
+//!
+//! Owns what runs, on which disk, and the network between. Decides nothing: what breaks is the nemesis's choice, whether it may be is
+//! judged by `watch` and `finish`.
+
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
+
+use logboom::broker::Broker;
+use logboom::config::BrokerConfig;
+use logboom::runtime::sim;
+use logboom::storage::MemDisk;
+use logboom::testkit::recorder::Recorder;
+use tokio::sync::Notify;
+use turmoil::Sim;
+
+use crate::clients::{self, Control};
+use crate::plan::Plan;
+
+/// The host of the clients.
+pub const CLIENTS: &str = "clients";
+const PORT: u16 = 9092;
+/// An operator, or a supervisor, starts again what has ended.
+const RESTART_AFTER: Duration = Duration::from_millis(400);
+
+/// What runs on a host.
+#[derive(Debug, Default)]
+pub enum Life {
+    /// The process is starting.
+    #[default]
+    Starting,
+    Running(Broker),
+    /// It ended by itself, for this reason.
+    Failed(String),
+    /// It was told to stop, and did.
+    Stopped,
+    /// Killed, or without power.
+    Down,
+}
+
+/// What host and driver share.
+#[derive(Debug)]
+pub struct Cell {
+    pub config: BrokerConfig,
+    pub disk: MemDisk,
+    pub life: Life,
+    pub stop: Rc<Notify>,
+    /// The process's clock jumps ahead by so much when it next looks.
+    pub jump: Option<Duration>,
+}
+
+/// One broker's host.
+#[derive(Debug)]
+pub struct Node {
+    pub name: String,
+    pub cell: Rc<RefCell<Cell>>,
+    /// No network: the machine is off.
+    pub off: bool,
+    /// When it is to be started again.
+    pub restart_at: Option<Duration>,
+    /// Its disk is going to lose power by itself: how often it had by then.
+    pub armed: Option<u64>,
+}
+
+impl Node {
+    pub fn is_running(&self) -> bool {
+        matches!(self.cell.borrow().life, Life::Running(_))
+    }
+
+    pub fn broker(&self) -> Option<Broker> {
+        match &self.cell.borrow().life {
+            Life::Running(broker) => Some(broker.clone()),
+            _ => None,
+        }
+    }
+
+    pub fn disk(&self) -> MemDisk {
+        self.cell.borrow().disk.clone()
+    }
+}
+
+/// How a link is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Cut {
+    /// What is sent from the first to the second is dropped.
+    OneWay(usize, usize),
+    /// Both ways.
+    Both(usize, usize),
+    /// Nothing is lost, everything waits.
+    Held(usize, usize),
+}
+
+pub struct World {
+    pub plan: Plan,
+    pub sim: Sim<'static>,
+    pub nodes: Vec<Node>,
+    pub control: Rc<RefCell<Control>>,
+    /// One record for each topic of the plan.
+    pub recorders: Vec<Recorder>,
+    /// Cut links; the host behind the last broker's is the clients'.
+    pub cuts: BTreeSet<Cut>,
+    /// Processes that ended by themselves, and why; to be taken by the nemesis.
+    pub failures: Vec<(usize, String)>,
+    clock: Arc<AtomicU64>,
+}
+
+async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
+    let (config, disk, stop) = {
+        let mut cell = cell.borrow_mut();
+        cell.life = Life::Starting;
+        (cell.config.clone(), cell.disk.clone(), cell.stop.clone())
+    };
+    let started = Broker::builder(config).memory_disk(&disk).start().await;
+    let broker = match started {
+        Ok(broker) => broker,
+        Err(error) => {
+            cell.borrow_mut().life = Life::Failed(error.to_string());
+            return std::future::pending().await;
+        }
+    };
+    cell.borrow_mut().life = Life::Running(broker.clone());
+    let end = loop {
+        tokio::select! {
+            biased;
+            error = broker.wait_failed() => break Life::Failed(error.to_string()),
+            () = stop.notified() => {
+                let jump = cell.borrow_mut().jump.take();
+                match jump {
+                    Some(jump) => tokio::time::advance(jump).await,
+                    None => {
+                        broker.shutdown().await;
+                        break Life::Stopped;
+                    }
+                }
+            }
+        }
+    };
+    cell.borrow_mut().life = end;
+    std::future::pending().await
+}
+
+impl World {
+    pub fn new(plan: &Plan) -> Self {
+        let mut builder = turmoil::Builder::new();
+        builder
+            .rng_seed(plan.seed)
+            .epoch(SystemTime::UNIX_EPOCH)
+            .simulation_duration(Duration::from_secs(3600))
+            .tick_duration(plan.tick)
+            .min_message_latency(Duration::ZERO)
+            .max_message_latency(plan.latency_max)
+            .tcp_capacity(256);
+        if plan.shuffled {
+            builder.enable_random_order();
+        }
+        let mut sim = builder.build();
+        let clock = Arc::new(AtomicU64::new(0));
+        let recorders = plan.topics.iter().map(|_| {
+            let clock = clock.clone();
+            Recorder::bounded(
+                Arc::new(move || {
+                    let here = turmoil::sim_elapsed().map(|since| u64::try_from(since.as_nanos()));
+                    here.and_then(Result::ok)
+                        .unwrap_or_else(|| clock.load(Ordering::Relaxed))
+                }),
+                200_000,
+            )
+        });
+        let recorders: Vec<Recorder> = recorders.collect();
+        let names: Vec<String> = (1..=plan.brokers).map(|id| format!("broker-{id}")).collect();
+        let bootstrap: Vec<String> = (1..)
+            .zip(&names)
+            .map(|(id, name)| format!("{id}@{name}:{PORT}"))
+            .collect();
+        let mut nodes = Vec::new();
+        for (id, name) in (1..).zip(&names) {
+            let disk = MemDisk::new();
+            disk.set_pace(plan.seed ^ u64::from(id), plan.disk_max);
+            let config = BrokerConfig {
+                broker_id: id,
+                listen: format!("0.0.0.0:{PORT}"),
+                advertise: format!("{name}:{PORT}"),
+                data_dir: format!("/{name}").into(),
+                bootstrap: bootstrap.iter().take(5).cloned().collect(),
+                heartbeat_interval_ms: plan.heartbeat_ms,
+                election_timeout_min_ms: plan.election_min_ms,
+                election_timeout_max_ms: plan.election_min_ms * 3 / 2,
+                replica_lag_time_max_ms: 2_000,
+                segment_bytes: plan.segment_bytes,
+                cache_bytes: plan.cache_bytes,
+                disk_reserve_bytes: 1 << 20,
+                ..BrokerConfig::default()
+            };
+            let cell = Rc::new(RefCell::new(Cell {
+                config,
+                disk,
+                life: Life::Starting,
+                stop: Rc::default(),
+                jump: None,
+            }));
+            let shared = cell.clone();
+            sim.host(name.as_str(), move || run_broker(shared.clone()));
+            nodes.push(Node {
+                name: name.clone(),
+                cell,
+                off: false,
+                restart_at: None,
+                armed: None,
+            });
+        }
+        let control = Rc::new(RefCell::new(Control::default()));
+        let brokers = nodes.iter().map(|node| node.cell.clone()).collect();
+        let bootstrap = names.iter().map(|name| format!("{name}:{PORT}")).collect();
+        sim.client(
+            CLIENTS,
+            clients::run(plan.clone(), bootstrap, brokers, recorders.clone(), control.clone()),
+        );
+        Self {
+            plan: plan.clone(),
+            sim,
+            nodes,
+            control,
+            recorders,
+            cuts: BTreeSet::new(),
+            failures: Vec::new(),
+            clock,
+        }
+    }
+
+    pub fn now(&self) -> Duration {
+        self.sim.elapsed()
+    }
+
+    /// One turn of every host. True when the clients have ended.
+    pub fn step(&mut self) -> Result<bool, String> {
+        let now = u64::try_from(self.now().as_nanos()).unwrap_or(u64::MAX);
+        self.clock.store(now, Ordering::Relaxed);
+        let over = self.sim.step().map_err(|error| error.to_string())?;
+        // What is over by itself is taken away, as its process would be.
+        for at in 0..self.nodes.len() {
+            let ended = {
+                let cell = self.nodes[at].cell.borrow();
+                match &cell.life {
+                    Life::Failed(reason) => Some(Some(reason.clone())),
+                    Life::Stopped => Some(None),
+                    _ => None,
+                }
+            };
+            let lost_power = self.nodes[at].armed.is_some_and(|lives| self.nodes[at].disk().lives() > lives);
+            if lost_power {
+                self.nodes[at].armed = None;
+                self.switch_off(at);
+                self.nodes[at].restart_at = Some(self.now() + RESTART_AFTER);
+            } else if let Some(reason) = ended {
+                self.failures.extend(reason.map(|reason| (at, reason)));
+                self.kill(at, true);
+                self.nodes[at].restart_at = Some(self.now() + RESTART_AFTER);
+            }
+        }
+        for at in 0..self.nodes.len() {
+            if self.nodes[at].restart_at.is_some_and(|when| when <= self.now()) {
+                self.start(at);
+            }
+        }
+        Ok(over)
+    }
+
+    /// SIGKILL.
+    pub fn kill(&mut self, at: usize, catalog_survives: bool) {
+        self.nodes[at].disk().kill(catalog_survives);
+        self.down(at);
+    }
+
+    /// The machine loses power; nobody hears of it.
+    pub fn power_off(&mut self, at: usize, seed: u64, tear: bool) {
+        self.nodes[at].disk().crash(seed, tear);
+        self.switch_off(at);
+    }
+
+    /// As [`World::power_off`], the disk having gone already.
+    pub fn switch_off(&mut self, at: usize) {
+        self.nodes[at].off = true;
+        self.apply_cuts();
+        self.down(at);
+    }
+
+    fn down(&mut self, at: usize) {
+        self.nodes[at].armed = None;
+        self.sim.crash(self.nodes[at].name.as_str());
+        self.nodes[at].cell.borrow_mut().life = Life::Down;
+        self.settle_refusing();
+    }
+
+    /// Starts the host's process.
+    pub fn start(&mut self, at: usize) {
+        self.nodes[at].restart_at = None;
+        if self.nodes[at].off {
+            self.nodes[at].off = false;
+            self.apply_cuts();
+        }
+        {
+            let mut cell = self.nodes[at].cell.borrow_mut();
+            cell.life = Life::Starting;
+            cell.stop = Rc::default();
+            cell.jump = None;
+        }
+        self.sim.bounce(self.nodes[at].name.as_str());
+        self.settle_refusing();
+    }
+
+    /// Gives the host another disk.
+    pub fn set_disk(&mut self, at: usize, disk: MemDisk) {
+        let id = self.nodes[at].cell.borrow().config.broker_id;
+        disk.set_pace(self.plan.seed ^ u64::from(id) ^ 0x6469_736b, self.plan.disk_max);
+        self.nodes[at].cell.borrow_mut().disk = disk;
+    }
+
+    fn host(&self, at: usize) -> &str {
+        self.nodes.get(at).map_or(CLIENTS, |node| node.name.as_str())
+    }
+
+    pub fn cut(&mut self, cut: Cut) {
+        if let Cut::Held(a, b) = cut {
+            self.sim.hold(self.host(a), self.host(b));
+            self.cuts.insert(cut);
+        } else {
+            self.cuts.insert(cut);
+            self.apply_cuts();
+        }
+        self.settle_refusing();
+    }
+
+    pub fn mend(&mut self, cut: Cut) {
+        if !self.cuts.remove(&cut) {
+            return;
+        }
+        if let Cut::Held(a, b) = cut {
+            self.sim.release(self.host(a), self.host(b));
+        }
+        self.apply_cuts();
+        self.settle_refusing();
+    }
+
+    /// Puts every link into the state that cuts and machines without power leave it in.
+    fn apply_cuts(&mut self) {
+        let hosts = self.nodes.len() + 1;
+        for a in 0..hosts {
+            for b in 0..a {
+                if self.cuts.contains(&Cut::Held(a, b)) || self.cuts.contains(&Cut::Held(b, a)) {
+                    continue;
+                }
+                let off = [a, b]
+                    .into_iter()
+                    .any(|at| self.nodes.get(at).is_some_and(|node| node.off));
+                let both = off
+                    || self.cuts.contains(&Cut::Both(a, b))
+                    || self.cuts.contains(&Cut::Both(b, a));
+                for (from, to) in [(a, b), (b, a)] {
+                    let (from_host, to_host) = (self.host(from), self.host(to));
+                    if both || self.cuts.contains(&Cut::OneWay(from, to)) {
+                        self.sim.partition_oneway(from_host, to_host);
+                    } else {
+                        self.sim.repair_oneway(from_host, to_host);
+                    }
+                }
+            }
+        }
+    }
+
+    fn settle_refusing(&self) {
+        let is_cut = |at: usize| {
+            self.cuts.iter().any(|cut| match cut {
+                Cut::OneWay(a, b) | Cut::Both(a, b) | Cut::Held(a, b) => *a == at || *b == at,
+            })
+        };
+        let refusing = self.nodes.iter().enumerate().filter(|(at, node)| {
+            // A process that starts or has failed to listens nowhere either.
+            !node.off && !node.is_running() && !is_cut(*at)
+        });
+        sim::set_refusing(
+            refusing
+                .map(|(_, node)| self.sim.lookup(node.name.as_str()))
+                .collect(),
+        );
+    }
+
+    /// Whether every broker runs, every link is whole, and every replica is in sync by what its leader knows.
+    pub fn is_whole(&self) -> bool {
+        let wanted: u32 = self.plan.topics.iter().map(|topic| topic.partitions).sum();
+        let mut whole = 0;
+        for node in &self.nodes {
+            let Some(broker) = node.broker() else {
+                return false;
+            };
+            for partition in broker.replicas() {
+                let view = partition.view();
+                let level = view.replicas.iter().all(|replica| replica.in_sync);
+                whole += u32::from(partition.is_leader() && level);
+            }
+        }
+        self.cuts.is_empty() && whole == wanted
+    }
+
+    /// No fault any more: every link whole, every machine on, every process started.
+    pub fn heal(&mut self) {
+        for cut in self.cuts.clone() {
+            self.mend(cut);
+        }
+        for at in 0..self.nodes.len() {
+            let disk = self.nodes[at].disk();
+            disk.heal();
+            disk.set_free(1 << 40);
+            let id = self.nodes[at].cell.borrow().config.broker_id;
+            disk.set_pace(self.plan.seed ^ u64::from(id) ^ 0x6865_616c, self.plan.disk_max);
+            if matches!(self.nodes[at].cell.borrow().life, Life::Down) {
+                self.nodes[at].restart_at.get_or_insert(self.sim.elapsed());
+            }
+        }
+        self.sim.set_max_message_latency(self.plan.latency_max);
+        sim::set_wall_clock_error(0);
+    }
+}
