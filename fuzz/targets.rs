@@ -539,6 +539,7 @@ fn history_seeds() -> Vec<Vec<u8>> {
                     log_start: 0,
                     high_watermark: 2,
                     records: vec![(0, 1), (1, 2)],
+                    epoch: Some(1),
                 },
                 Some(9),
             ),

@@ -10,7 +10,9 @@ use logboom::client::{Client, ClientConfig, NewTopic, Record};
 use logboom::record::batches;
 use logboom::testkit::history::{AckLevel, Call, FinalLog, Outcome, ReplicaDump};
 use logboom::testkit::recorder::Recorder;
-use logboom::testkit::workload::{Workload, WorkloadConfig, decode_value, encode_value, read_final_logs};
+use logboom::testkit::workload::{
+    Workload, WorkloadConfig, decode_value, encode_value, read_final_logs,
+};
 use logboom::types::{Acks, Error, Offset, ReplicaKind};
 use tokio::time::Instant;
 
@@ -114,8 +116,14 @@ pub async fn run(
     control.borrow_mut().late.extend(settled);
     control.borrow_mut().settled_after = healed.elapsed();
     for (topic, recorder) in plan.topics.iter().zip(&recorders) {
-        let logs =
-            read_final_logs(&client, recorder, &topic.name, topic.partitions, READ_WITHIN).await;
+        let logs = read_final_logs(
+            &client,
+            recorder,
+            &topic.name,
+            topic.partitions,
+            READ_WITHIN,
+        )
+        .await;
         match logs {
             Ok(logs) => control.borrow_mut().logs.push(logs),
             Err(error) => {
@@ -241,7 +249,9 @@ async fn dumps(topic: &str, brokers: &[Rc<RefCell<Cell>>]) -> Vec<ReplicaDump> {
         };
         for replica in broker.replicas() {
             let local = replica.local();
-            if local.partition.topic.as_str() != topic || local.replica.kind() == ReplicaKind::Witness {
+            if local.partition.topic.as_str() != topic
+                || local.replica.kind() == ReplicaKind::Witness
+            {
                 continue;
             }
             let mut records = Vec::new();
@@ -258,7 +268,9 @@ async fn dumps(topic: &str, brokers: &[Rc<RefCell<Cell>>]) -> Vec<ReplicaDump> {
                             records.push((record.offset.0, value));
                         }
                     }
-                    at = at.max(Offset(records.last().map_or(at.0, |(offset, _)| offset + 1)));
+                    at = at.max(Offset(
+                        records.last().map_or(at.0, |(offset, _)| offset + 1),
+                    ));
                 }
                 if at == before {
                     break;

@@ -119,7 +119,10 @@ async fn start(seed: u64, trace: Option<PathBuf>, bug: Option<Bug>) -> Ended {
             (output.status.success(), text)
         }
         Ok(Err(error)) => (false, format!("WRONG cannot run it: {error}")),
-        Err(_) => (false, format!("WRONG it hangs: no end within {SEED_WITHIN:?}")),
+        Err(_) => (
+            false,
+            format!("WRONG it hangs: no end within {SEED_WITHIN:?}"),
+        ),
     };
     Ended {
         seed,
@@ -130,7 +133,10 @@ async fn start(seed: u64, trace: Option<PathBuf>, bug: Option<Bug>) -> Ended {
 }
 
 fn tell(ended: &Ended) {
-    println!("--- seed {} failed; replay: SEED={} cargo sim", ended.seed, ended.seed);
+    println!(
+        "--- seed {} failed; replay: SEED={} cargo sim",
+        ended.seed, ended.seed
+    );
     let lines: Vec<&str> = ended
         .text
         .lines()
@@ -182,7 +188,10 @@ async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
         .await;
     let lines: usize = done.iter().map(|(_, lines)| lines).sum();
     let same = done.iter().filter(|(same, _)| *same).count();
-    println!("{same} of {} seeds ran twice with equal traces, {lines} lines", done.len());
+    println!(
+        "{same} of {} seeds ran twice with equal traces, {lines} lines",
+        done.len()
+    );
     same == done.len()
 }
 

@@ -165,11 +165,15 @@ impl Nemesis {
 
     fn note(&mut self, world: &World, kind: &'static str, target: &str) -> Vec<FaultId> {
         *self.counts.entry(kind).or_default() += 1;
-        self.log
-            .push(format!("{:>8.3} s  {kind} {target}", world.now().as_secs_f64()));
+        self.log.push(format!(
+            "{:>8.3} s  {kind} {target}",
+            world.now().as_secs_f64()
+        ));
         tracing::info!(kind, target, "fault");
         let recorders = world.recorders.iter();
-        recorders.map(|recorder| recorder.fault_began(kind, target)).collect()
+        recorders
+            .map(|recorder| recorder.fault_began(kind, target))
+            .collect()
     }
 
     fn within(&mut self, from_ms: u64, to_ms: u64) -> Duration {
@@ -254,7 +258,8 @@ impl Nemesis {
             ));
             tracing::info!(node = world.nodes[at].name, reason, "ended by itself");
             world.nodes[at].disk().heal();
-            let unusable = !reason.contains("injected") && !reason.contains("the machine has crashed");
+            let unusable =
+                !reason.contains("injected") && !reason.contains("the machine has crashed");
             if unusable {
                 if self.victim != Some(at) {
                     wrong.push(format!(
@@ -337,7 +342,9 @@ impl Nemesis {
         let count = world.nodes.len();
         match kind {
             Kind::Kill | Kind::PowerLoss | Kind::PowerLossTorn | Kind::CrashAtOperation => {
-                let Some(at) = self.running(world) else { return };
+                let Some(at) = self.running(world) else {
+                    return;
+                };
                 let name = world.nodes[at].name.clone();
                 let (seed, flip) = (self.rng.random(), self.rng.random_bool(0.5));
                 match kind {
@@ -478,7 +485,9 @@ impl Nemesis {
                 });
             }
             Kind::ClockJump | Kind::Stop => {
-                let Some(at) = self.running(world) else { return };
+                let Some(at) = self.running(world) else {
+                    return;
+                };
                 let jump = (kind == Kind::ClockJump).then(|| self.within(100, 5_000));
                 {
                     let mut cell = world.nodes[at].cell.borrow_mut();
@@ -495,11 +504,19 @@ impl Nemesis {
     /// Takes data away from the one broker that may lose it.
     fn take_data(&mut self, world: &mut World) {
         // The only copy of something may not be taken.
-        if !world.is_whole() || world.plan.topics.iter().any(|topic| topic.replication_factor < 2) {
+        if !world.is_whole()
+            || world
+                .plan
+                .topics
+                .iter()
+                .any(|topic| topic.replication_factor < 2)
+        {
             return;
         }
         let count = world.nodes.len();
-        let at = self.victim.unwrap_or_else(|| self.rng.random_range(0..count));
+        let at = self
+            .victim
+            .unwrap_or_else(|| self.rng.random_range(0..count));
         // The first fault of this kind may only keep a copy; the next one puts it back.
         if let Some(copy) = self.copies.remove(&at) {
             world.power_off(at, 0, false);

@@ -71,7 +71,9 @@ pub fn run(seed: u64) -> Outcome {
         outcome.wrong.push(error);
     }
     outcome.story.append(&mut nemesis.log);
-    outcome.wrong.extend(world.control.borrow_mut().late.drain(..));
+    outcome
+        .wrong
+        .extend(world.control.borrow_mut().late.drain(..));
     let panics = std::mem::take(
         &mut *PANICS
             .lock()
@@ -129,7 +131,9 @@ fn drive(
             return Ok(());
         }
         if world.now() - now > FINISH_WITHIN {
-            return Err(format!("the clients did not end {FINISH_WITHIN:?} after healing"));
+            return Err(format!(
+                "the clients did not end {FINISH_WITHIN:?} after healing"
+            ));
         }
     }
 }
@@ -171,7 +175,12 @@ fn judge(world: &World, outcome: &mut Outcome) {
         if report.verdict != Verdict::Passed {
             let mut text = String::new();
             for anomaly in report.anomalies.iter().take(20) {
-                write!(text, "\n    {:?} {}: {}", anomaly.kind, anomaly.partition, anomaly.text).ok();
+                write!(
+                    text,
+                    "\n    {:?} {}: {}",
+                    anomaly.kind, anomaly.partition, anomaly.text
+                )
+                .ok();
                 for line in &anomaly.witness {
                     write!(text, "\n        {line}").ok();
                 }

@@ -107,10 +107,7 @@ impl Watch {
                     local.partition.partition.0,
                 );
                 let mut say = |what: String| {
-                    wrong.push(format!(
-                        "{}-{} on {}: {what}",
-                        place.0, place.1, node.name
-                    ));
+                    wrong.push(format!("{}-{} on {}: {what}", place.0, place.1, node.name));
                 };
                 let replica = local.replica.as_u64();
                 let now = Seen {
@@ -124,7 +121,8 @@ impl Watch {
                     say(format!("starts behind its end: {now:?}"));
                 }
                 let before = self.seen.insert((at, place.clone()), now);
-                if let Some(before) = before.filter(|was| (was.run, was.replica) == (run, replica)) {
+                if let Some(before) = before.filter(|was| (was.run, was.replica) == (run, replica))
+                {
                     let fell = before.epoch > now.epoch
                         || before.log_start > now.log_start
                         || before.committed > now.committed;
@@ -148,7 +146,11 @@ impl Watch {
                     let newest = self.newest.entry(place.clone()).or_default();
                     self.leader_changes += u64::from(*newest > 0 && now.epoch > *newest);
                     *newest = (*newest).max(now.epoch);
-                    let topic = world.plan.topics.iter().position(|topic| topic.name == place.0);
+                    let topic = world
+                        .plan
+                        .topics
+                        .iter()
+                        .position(|topic| topic.name == place.0);
                     if let Some(recorder) = topic.and_then(|at| recorders.get(at)) {
                         recorder.leader_seen(place.1, now.epoch, broker.id().0);
                     }
@@ -157,11 +159,16 @@ impl Watch {
                     continue;
                 };
                 if high > now.committed {
-                    say(format!("lets read up to {high}, beyond what is committed: {now:?}"));
+                    say(format!(
+                        "lets read up to {high}, beyond what is committed: {now:?}"
+                    ));
                 }
                 let known = self.watermarks.entry(key).or_default();
                 if high < *known {
-                    say(format!("the watermark fell from {known} to {high} in epoch {}", now.epoch));
+                    say(format!(
+                        "the watermark fell from {known} to {high} in epoch {}",
+                        now.epoch
+                    ));
                 }
                 *known = (*known).max(high);
             }

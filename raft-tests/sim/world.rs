@@ -171,7 +171,9 @@ impl World {
             )
         });
         let recorders: Vec<Recorder> = recorders.collect();
-        let names: Vec<String> = (1..=plan.brokers).map(|id| format!("broker-{id}")).collect();
+        let names: Vec<String> = (1..=plan.brokers)
+            .map(|id| format!("broker-{id}"))
+            .collect();
         let bootstrap: Vec<String> = (1..)
             .zip(&names)
             .map(|(id, name)| format!("{id}@{name}:{PORT}"))
@@ -217,7 +219,13 @@ impl World {
         let bootstrap = names.iter().map(|name| format!("{name}:{PORT}")).collect();
         sim.client(
             CLIENTS,
-            clients::run(plan.clone(), bootstrap, brokers, recorders.clone(), control.clone()),
+            clients::run(
+                plan.clone(),
+                bootstrap,
+                brokers,
+                recorders.clone(),
+                control.clone(),
+            ),
         );
         Self {
             plan: plan.clone(),
@@ -250,7 +258,9 @@ impl World {
                     _ => None,
                 }
             };
-            let lost_power = self.nodes[at].armed.is_some_and(|lives| self.nodes[at].disk().lives() > lives);
+            let lost_power = self.nodes[at]
+                .armed
+                .is_some_and(|lives| self.nodes[at].disk().lives() > lives);
             if lost_power {
                 self.nodes[at].armed = None;
                 self.switch_off(at);
@@ -262,7 +272,10 @@ impl World {
             }
         }
         for at in 0..self.nodes.len() {
-            if self.nodes[at].restart_at.is_some_and(|when| when <= self.now()) {
+            if self.nodes[at]
+                .restart_at
+                .is_some_and(|when| when <= self.now())
+            {
                 self.start(at);
             }
         }
@@ -315,12 +328,17 @@ impl World {
     /// Gives the host another disk.
     pub fn set_disk(&mut self, at: usize, disk: MemDisk) {
         let id = self.nodes[at].cell.borrow().config.broker_id;
-        disk.set_pace(self.plan.seed ^ u64::from(id) ^ 0x6469_736b, self.plan.disk_max);
+        disk.set_pace(
+            self.plan.seed ^ u64::from(id) ^ 0x6469_736b,
+            self.plan.disk_max,
+        );
         self.nodes[at].cell.borrow_mut().disk = disk;
     }
 
     fn host(&self, at: usize) -> &str {
-        self.nodes.get(at).map_or(CLIENTS, |node| node.name.as_str())
+        self.nodes
+            .get(at)
+            .map_or(CLIENTS, |node| node.name.as_str())
     }
 
     pub fn cut(&mut self, cut: Cut) {
@@ -415,7 +433,10 @@ impl World {
             disk.heal();
             disk.set_free(1 << 40);
             let id = self.nodes[at].cell.borrow().config.broker_id;
-            disk.set_pace(self.plan.seed ^ u64::from(id) ^ 0x6865_616c, self.plan.disk_max);
+            disk.set_pace(
+                self.plan.seed ^ u64::from(id) ^ 0x6865_616c,
+                self.plan.disk_max,
+            );
             if matches!(self.nodes[at].cell.borrow().life, Life::Down) {
                 self.nodes[at].restart_at.get_or_insert(self.sim.elapsed());
             }

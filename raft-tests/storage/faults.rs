@@ -98,7 +98,11 @@ async fn what_survived_a_failed_sync_is_made_durable_before_it_counts() {
     store.abandon();
     let store = place.open().unwrap();
     let last = group(&store, 1).flushed();
-    assert_eq!(last, Some(id(1, 5)), "the process was killed, not the machine");
+    assert_eq!(
+        last,
+        Some(id(1, 5)),
+        "the process was killed, not the machine"
+    );
     store.abandon();
     disk.crash(1, false);
     let store = place.open().unwrap();

@@ -459,8 +459,7 @@ impl Committer {
             .disk
             .create(&super::core::segment_path(position))?;
         #[cfg(feature = "sim")]
-        let is_synced =
-            !crate::runtime::sim::makes(crate::runtime::sim::Bug::DirectoryNotSynced);
+        let is_synced = !crate::runtime::sim::makes(crate::runtime::sim::Bug::DirectoryNotSynced);
         #[cfg(not(feature = "sim"))]
         let is_synced = true;
         if is_synced {

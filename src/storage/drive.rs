@@ -9,10 +9,10 @@ use super::cataloger::Cataloger;
 use super::committer::Committer;
 use super::disk::Disk;
 
-#[cfg(not(feature = "sim"))]
-pub(super) use self::threads::{Running, Wake, wait, wake};
 #[cfg(feature = "sim")]
 pub(super) use self::tasks::{Running, Wake, wait, wake};
+#[cfg(not(feature = "sim"))]
+pub(super) use self::threads::{Running, Wake, wait, wake};
 
 /// Starts both.
 pub(super) fn start(committer: Committer, cataloger: Cataloger) -> io::Result<Running> {

@@ -151,11 +151,7 @@ impl State {
         let lost = tear && rng.random_bool(0.2);
         let applied = tear && rng.random_bool(0.5);
         let crashed = self.catalog.crashed(applied);
-        self.catalog = if lost {
-            MemCatalog::default()
-        } else {
-            crashed
-        };
+        self.catalog = if lost { MemCatalog::default() } else { crashed };
     }
 
     fn set(&mut self, name: &str, inode: u64) {
