@@ -8,8 +8,8 @@ use rand::SeedableRng;
 use rand::rngs::StdRng;
 
 use super::mutant::Mutant;
-use super::mutators::MUTATORS;
 use super::reference::{self, Shape};
+use super::{log_mutators, order_mutators};
 
 /// Damaged histories of each mutator.
 const EACH: u32 = 40;
@@ -41,7 +41,10 @@ fn judged(history: &History) -> Report {
 fn every_damage_is_found_and_named() {
     let mut mutators: BTreeMap<AnomalyKind, u32> = BTreeMap::new();
     let (mut damaged, mut wrong) = (0, Vec::new());
-    for (kind, what, mutate) in MUTATORS {
+    let all = log_mutators::MUTATORS
+        .iter()
+        .chain(order_mutators::MUTATORS);
+    for (kind, what, mutate) in all {
         *mutators.entry(*kind).or_default() += 1;
         let mut applied = 0;
         for seed in 0..SEEDS {
@@ -81,7 +84,7 @@ fn every_damage_is_found_and_named() {
     println!(
         "{} kinds, {} mutators, {damaged} damaged histories, all found and named",
         mutators.len(),
-        MUTATORS.len()
+        mutators.values().sum::<u32>()
     );
 }
 

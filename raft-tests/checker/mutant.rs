@@ -1,5 +1,6 @@
 //! A history that can be damaged: what the mutators need to find their way in it.
 
+use logboom::testkit::checker::AnomalyKind;
 use logboom::testkit::history::{
     AckLevel, Call, FinalLog, History, Operation, Outcome, ProducerPosition,
 };
@@ -302,4 +303,74 @@ impl Mutant {
         log.records.retain(|(offset, _)| *offset < end);
         log.end = end.max(log.log_start);
     }
+}
+
+/// A kind, what is done, and what does it: `None` when there is no occasion.
+pub type Mutator = (AnomalyKind, &'static str, fn(&mut Mutant) -> Option<()>);
+
+pub fn failed() -> Outcome {
+    Outcome::Failed {
+        reason: "refused".to_owned(),
+    }
+}
+
+pub fn end(end: u64, epoch: u64) -> Outcome {
+    Outcome::End {
+        end,
+        epoch: Some(epoch),
+    }
+}
+
+pub fn fetched(log_start: u64, high_watermark: u64, epoch: u64, records: &[(u64, u64)]) -> Outcome {
+    Outcome::Fetched {
+        log_start,
+        high_watermark,
+        epoch: Some(epoch),
+        records: records.to_vec(),
+    }
+}
+
+/// One record of a read, and the read's number and partition.
+pub fn one_read(m: &mut Mutant) -> Option<(usize, u32, usize)> {
+    let read = m.fetched(1)?;
+    let place = m.rng.random_range(0..read.fetch?.2.len());
+    Some((read.number, read.partition, place))
+}
+
+/// A place in the log that holds something.
+pub fn one_slot(m: &mut Mutant) -> Option<(u32, u64)> {
+    let logs = 0..m.history.logs.len();
+    let which = m.pick(logs.collect())?;
+    let partition = m.history.logs[which].partition;
+    let records = m.log(partition).records.clone();
+    let (offset, _) = m.pick(records)?;
+    Some((partition, offset))
+}
+
+pub fn one_dump(m: &mut Mutant, records: usize) -> Option<usize> {
+    let dumps = m.history.dumps.iter().enumerate();
+    let found = dumps.filter(|(_, dump)| dump.records.len() >= records);
+    let found = found.map(|(at, _)| at).collect();
+    m.pick(found)
+}
+
+/// A value that was sent to another partition.
+pub fn foreign(m: &mut Mutant, partition: u32) -> Option<u64> {
+    let all = m.appends(|one| one.partition != partition && !one.failed);
+    Some(m.pick(all)?.values[0])
+}
+
+pub fn told_before_the_end(m: &mut Mutant, partition: u32) -> Option<Told> {
+    let began = m.log(partition).began_ns;
+    let all = m.told(|one| one.partition == partition && one.completed < began);
+    m.pick(all)
+}
+
+/// A plain append that its leader acknowledged with acks=all.
+pub fn plain(m: &mut Mutant) -> Option<(Append, u64, u64)> {
+    let all =
+        m.appends(|one| one.ack.is_some() && one.producer.is_none() && one.acks == AckLevel::All);
+    let append = m.pick(all)?;
+    let (base, epoch) = append.ack?;
+    Some((append, base, epoch))
 }

@@ -21,7 +21,7 @@ pub struct History {
     pub leaders: Vec<LeaderSeen>,
     /// What a reader found at the end, after everything was healed, for each partition; earlier whole readings may be there too.
     pub logs: Vec<FinalLog>,
-    /// What single replicas held at the end.
+    /// What single replicas held at the end: of a partition, all its data replicas or none.
     pub dumps: Vec<ReplicaDump>,
 }
 
