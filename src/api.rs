@@ -92,6 +92,19 @@ pub enum Request {
         /// Its name.
         name: TopicName,
     },
+    /// Move the replicas of a partition to other brokers, or cancel such a move. Answered when it is decided, not when the
+    /// records are there.
+    Reassign {
+        /// The partition.
+        partition: TopicPartition,
+        /// The brokers that should hold its data replicas, the preferred leader first; `None` cancels the move under way.
+        replicas: Option<Vec<BrokerId>>,
+    },
+    /// Move what a broker holds to other brokers, a few partitions at a time: begins what can be begun now.
+    Drain {
+        /// The broker to empty.
+        broker: BrokerId,
+    },
     /// Everything known about topics, replica by replica. All topics when `topics` is `None`.
     DescribeTopics {
         /// Which topics.
@@ -156,6 +169,8 @@ pub struct PartitionReport {
     /// The group's voters when their membership is known committed and no change is under way; else empty. Ends a
     /// replacement of replicas, so only the reconciler, which changes the membership, fills it in.
     pub voters: Vec<ReplicaId>,
+    /// The number of the replacement that `voters` speak of; 0 without them.
+    pub change: u32,
 }
 
 /// An appended batch.
@@ -219,8 +234,15 @@ pub struct PartitionView {
     pub leader: Option<BrokerId>,
     /// In which epoch.
     pub epoch: LeaderEpoch,
-    /// Data replicas, the preferred leader first.
+    /// Data replicas, the preferred leader first; those that are being removed last.
     pub replicas: Vec<ReplicaView>,
+    /// Of these brokers, and of those still to come, the ones that do not have their replica in full yet: it is being moved
+    /// there, or made anew.
+    pub adding: Vec<BrokerId>,
+    /// The brokers whose replicas go away when the ones being added are in sync.
+    pub removing: Vec<BrokerId>,
+    /// Whether its replicas are being moved at an operator's request.
+    pub reassigning: bool,
     /// Brokers in sync.
     pub isr: Vec<BrokerId>,
     /// The witness's broker.
@@ -263,6 +285,17 @@ pub struct BrokerView {
     pub leads: u32,
     /// Data replicas it holds.
     pub replicas: u32,
+}
+
+/// How far a broker is emptied.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainView {
+    /// Partitions whose move has just begun.
+    pub begun: Vec<TopicPartition>,
+    /// Partitions of which the broker still holds something; 0: it can be stopped.
+    pub remaining: u32,
+    /// Of these, the ones that have nowhere to go, with the reason; a hundred of them at most.
+    pub stuck: Vec<(TopicPartition, String)>,
 }
 
 /// The state of the cluster.
@@ -328,6 +361,13 @@ pub enum Response {
     },
     /// To [`Request::DeleteTopic`].
     Deleted,
+    /// To [`Request::Reassign`].
+    Reassigning {
+        /// What the operator should know, one line each.
+        warnings: Vec<String>,
+    },
+    /// To [`Request::Drain`].
+    Draining(DrainView),
     /// To [`Request::DescribeTopics`].
     Described(Vec<TopicView>),
     /// To [`Request::ClusterStatus`].

@@ -38,7 +38,7 @@ async fn wrong_usage_is_one_line_and_exit_code_2() {
         ),
         (
             &["topic"],
-            &["say what to do: create, list, describe, delete"],
+            &["say what to do: create, list, describe, reassign, delete"],
         ),
         (
             &["topic", "create", "t"],

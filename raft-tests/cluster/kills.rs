@@ -9,17 +9,10 @@ use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 
 use crate::support::{History, ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, describe, healed};
+use crate::{HEAL, create, describe, healed, seed};
 
 const TOPIC: &str = "kills";
 const PARTITIONS: u32 = 3;
-
-fn seed() -> u64 {
-    let given = std::env::var("SEED")
-        .ok()
-        .and_then(|text| text.parse().ok());
-    given.unwrap_or_else(logboom::runtime::random_seed)
-}
 
 fn builder() -> crate::support::Builder {
     ProcessCluster::builder(3).key("preferred_leader_delay_ms", 100)

@@ -10,6 +10,7 @@ mod controller;
 mod faces;
 mod identity;
 mod kills;
+mod moves;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -21,6 +22,14 @@ use support::wait_for;
 
 /// How long a cluster may take to heal.
 const HEAL: Duration = Duration::from_secs(60);
+
+/// What a random run is replayed with: `SEED` of the environment, else a new one.
+fn seed() -> u64 {
+    let given = std::env::var("SEED")
+        .ok()
+        .and_then(|text| text.parse().ok());
+    given.unwrap_or_else(logboom::runtime::random_seed)
+}
 
 /// Creates a topic, with configuration pairs.
 async fn create(

@@ -11,6 +11,7 @@
 mod raft_support;
 mod support;
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use logboom::api::{Appended, OffsetSpec, Response};
@@ -588,7 +589,7 @@ async fn a_new_assignment_counts_at_once() {
         replicas: vec![me, other],
         witness: None,
     };
-    leader.set_assignment(assignment);
+    leader.set_assignment(assignment, BTreeSet::new());
     soon("a new report", reports.changed()).await.unwrap();
     assert_eq!(leader.report().unwrap().isr, [me.broker(), other.broker()]);
     let ack = world

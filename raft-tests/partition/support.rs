@@ -1,6 +1,6 @@
 //! One partition on a few brokers in one process.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -116,6 +116,7 @@ impl World {
             group: GROUP,
             me: self.assignment.on(broker.into()).unwrap(),
             assignment: self.assignment.clone(),
+            leaving: BTreeSet::new(),
             config: self.config.clone(),
             limits: PartitionLimits {
                 inflight_bytes_max: 100_000

@@ -42,8 +42,10 @@ where
     loop {
         match tokio::time::timeout_at(deadline, condition()).await {
             Ok(Ok(value)) => return value,
-            Ok(Err(error)) => last = Some(error),
-            Err(_) => {
+            // A condition that never waits is never timed out either.
+            Ok(Err(error)) if Instant::now() < deadline => last = Some(error),
+            late => {
+                let last = late.ok().and_then(Result::err).or(last);
                 let last = last.map_or("the look itself took too long".to_owned(), |e| {
                     format!("{e:#}")
                 });

@@ -2,25 +2,22 @@
 //!
 //! Owns no state but the switch that refuses new requests. A forwarded request is never forwarded again.
 
-use std::collections::BTreeMap;
+mod describe;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use futures_util::future::{BoxFuture, join_all};
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-use crate::api::{
-    BrokerView, Call, ClusterView, PartitionReport, PartitionView, ReplicaView, Request, Response,
-    Service, TopicView,
-};
-use crate::controller::{Answer, ClusterMetadata, Command, LeaderMover};
-use crate::net::PeerState;
+use crate::api::{Call, DrainView, PartitionReport, Request, Response, Service};
+use crate::controller::{Answer, Command, LeaderMover};
 use crate::partition::Partition;
 use crate::raft::RaftError;
-use crate::types::{
-    BrokerId, Endpoint, Error, Incarnation, Offset, ReplicaId, TopicName, TopicPartition,
-};
+use crate::types::{BrokerId, Endpoint, Error, Incarnation, ReplicaId, TopicName, TopicPartition};
+
+use describe::{describe, status};
 
 use super::reconciler::{Reconciler, ReconcilerPorts};
 use super::{BrokerContext, PEER_TIMEOUT, controller_replica, founding};
@@ -326,6 +323,21 @@ pub(super) async fn answer_as_controller(
             .submit(Command::DeleteTopic { name })
             .await
             .map(|_| Response::Deleted),
+        Request::Reassign {
+            partition,
+            replicas,
+        } => {
+            let warnings = controller.reassign(partition, replicas).await?;
+            Ok(Response::Reassigning { warnings })
+        }
+        Request::Drain { broker } => {
+            let plan = controller.drain(broker).await?;
+            Ok(Response::Draining(DrainView {
+                begun: plan.moves.into_iter().map(|(name, _)| name).collect(),
+                remaining: plan.remaining,
+                stuck: plan.stuck,
+            }))
+        }
         Request::InitProducer => match controller.submit(Command::AllocateProducerId).await? {
             Answer::ProducerId(id) => Ok(Response::Producer { id, epoch: 0 }),
             _ => Err(Error::Failed {
@@ -528,156 +540,6 @@ async fn metadata(
         brokers: image.endpoints().collect(),
         topics: image.routes(topics.as_deref()),
     })
-}
-
-/// Live figures from every leader, laid over the metadata; the same picture from whichever broker is asked.
-async fn describe(
-    context: &BrokerContext,
-    reconciler: &Reconciler,
-    topics: Option<Vec<TopicName>>,
-) -> Result<Response, Error> {
-    if let Some(names) = &topics {
-        for name in names {
-            let known = context.controller.metadata().borrow().has_topic(name);
-            if !known && !await_topic(context, name).await? {
-                return Err(Error::UnknownTopic {
-                    topic: name.clone(),
-                });
-            }
-        }
-    }
-    let image = context.controller.metadata().borrow().clone();
-    let live = live_views(context, reconciler, &image, topics.as_ref()).await;
-    Ok(Response::Described(described(
-        &image,
-        topics.as_deref(),
-        &live,
-    )))
-}
-
-/// What the leaders say of their partitions, each asked on its own broker; the newest epoch counts.
-async fn live_views(
-    context: &BrokerContext,
-    reconciler: &Reconciler,
-    image: &ClusterMetadata,
-    topics: Option<&Vec<TopicName>>,
-) -> BTreeMap<TopicPartition, PartitionView> {
-    let peers: Vec<BrokerId> = image
-        .endpoints()
-        .map(|endpoint| endpoint.broker)
-        .filter(|broker| context.net.peer_state(*broker) == PeerState::Up)
-        .collect();
-    let asked = peers.iter().map(|peer| {
-        context.ask_peer(
-            *peer,
-            Request::DescribeLed {
-                topics: topics.cloned(),
-            },
-            PEER_TIMEOUT,
-        )
-    });
-    let mut live: BTreeMap<TopicPartition, PartitionView> = BTreeMap::new();
-    let mut note = |led: Vec<(TopicPartition, PartitionView)>| {
-        for (name, view) in led {
-            let newer = live.get(&name).is_none_or(|known| known.epoch < view.epoch);
-            if newer {
-                live.insert(name, view);
-            }
-        }
-    };
-    note(reconciler.views(topics.map(Vec::as_slice)));
-    for answer in join_all(asked).await {
-        if let Ok(Response::Led(led)) = answer {
-            note(led);
-        }
-    }
-    live
-}
-
-fn described(
-    image: &ClusterMetadata,
-    topics: Option<&[TopicName]>,
-    live: &BTreeMap<TopicPartition, PartitionView>,
-) -> Vec<TopicView> {
-    let routes = image.routes(topics);
-    let view = |topic: &TopicName, route: crate::api::PartitionRoute| {
-        let name = TopicPartition {
-            topic: topic.clone(),
-            partition: route.partition,
-        };
-        live.get(&name).cloned().unwrap_or_else(|| PartitionView {
-            partition: route.partition,
-            leader: None,
-            epoch: route.epoch,
-            replicas: route
-                .replicas
-                .iter()
-                .map(|broker| ReplicaView {
-                    broker: *broker,
-                    lag: None,
-                    in_sync: false,
-                })
-                .collect(),
-            isr: route.isr.clone(),
-            witness: image.witness_of(&name),
-            start_offset: None::<Offset>,
-            high_watermark: None,
-            end_offset: None,
-        })
-    };
-    routes
-        .into_iter()
-        .map(|route| TopicView {
-            replication_factor: image.replication_factor(&route.name),
-            partitions: route
-                .partitions
-                .into_iter()
-                .map(|partition| view(&route.name, partition))
-                .collect(),
-            name: route.name,
-            config: route.config,
-        })
-        .collect()
-}
-
-/// The same picture as [`describe`] gives: who leads is what the leaders say, not what was last reported of them.
-async fn status(context: &BrokerContext, reconciler: &Reconciler) -> ClusterView {
-    let image = context.controller.metadata().borrow().clone();
-    let live = live_views(context, reconciler, &image, None).await;
-    let topics = described(&image, None, &live);
-    let voters = context.controller_group.status().borrow().voters.clone();
-    let mut brokers: Vec<BrokerView> = image.broker_views();
-    let partitions = || {
-        topics.iter().flat_map(|topic| {
-            topic.partitions.iter().map(|view| {
-                let name = TopicPartition {
-                    topic: topic.name.clone(),
-                    partition: view.partition,
-                };
-                (name, view)
-            })
-        })
-    };
-    for broker in &mut brokers {
-        broker.controller_voter = voters.iter().any(|voter| voter.broker() == broker.broker);
-        let led = partitions().filter(|(_, view)| view.leader == Some(broker.broker));
-        broker.leads = u32::try_from(led.count()).unwrap_or(u32::MAX);
-    }
-    ClusterView {
-        cluster: image.cluster(),
-        controller: context.controller.leader_broker(),
-        brokers,
-        topics: u32::try_from(topics.len()).unwrap_or(u32::MAX),
-        partitions: u32::try_from(partitions().count()).unwrap_or(u32::MAX),
-        under_replicated: partitions()
-            .filter(|(_, view)| view.isr.len() < view.replicas.len())
-            .map(|(name, _)| name)
-            .collect(),
-        leaderless: partitions()
-            .filter(|(_, view)| view.leader.is_none())
-            .map(|(name, _)| name)
-            .collect(),
-    }
 }
 
 /// What the reconciler needs of the broker around it.

@@ -1,12 +1,23 @@
-//! `logboom cluster`: its state, and leaders moved to where they should be.
+//! `logboom cluster`: its state, leaders moved to where they should be, and brokers emptied.
 
 use std::process::ExitCode;
+use std::time::Duration;
 
+use anyhow::bail;
 use clap::{Args, Subcommand};
 use logboom::api::{BrokerView, ClusterView};
+use logboom::types::BrokerId;
 use serde_json::{Value, json};
+use tokio::time::Instant;
 
 use super::{ClusterAddress, output};
+
+/// Between two looks at a broker that is being emptied.
+const LOOK: Duration = Duration::from_millis(200);
+/// How long the cluster may give no answer before a waiting command gives up.
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// Partitions that are named when they cannot leave.
+const STUCK_SHOWN: usize = 3;
 
 #[derive(Debug, Args)]
 pub(super) struct ClusterArgs {
@@ -20,6 +31,16 @@ enum ClusterCommand {
     Status(StatusArgs),
     /// Hand leadership back to preferred leaders now
     ElectLeaders(ElectArgs),
+    /// Move everything off a broker, a few partitions at a time, and stay until it is empty
+    Drain(DrainArgs),
+}
+
+#[derive(Debug, Args)]
+struct DrainArgs {
+    /// The broker's number
+    broker: u32,
+    #[command(flatten)]
+    cluster: ClusterAddress,
 }
 
 #[derive(Debug, Args)]
@@ -68,8 +89,54 @@ pub(super) async fn run(args: ClusterArgs) -> anyhow::Result<ExitCode> {
                 output::line("nothing to move")?;
             }
         }
+        ClusterCommand::Drain(args) => drain(args).await?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Asks again and again until the broker is empty. Interrupted, it leaves the moves that it has begun; begun anew, it goes on.
+async fn drain(args: DrainArgs) -> anyhow::Result<()> {
+    let admin = args.cluster.connect().await?.admin();
+    let broker = BrokerId(args.broker);
+    let mut told = None;
+    let mut answered = Instant::now();
+    loop {
+        let view = match admin.drain(broker).await {
+            Ok(view) => view,
+            // Asked again: the controller may be on its way to another broker.
+            Err(error) if error.is_retriable() && answered.elapsed() < SILENCE_MAX => {
+                tokio::time::sleep(LOOK).await;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
+        answered = Instant::now();
+        for partition in &view.begun {
+            output::line(&format!("{partition} moves off broker {broker}"))?;
+        }
+        if view.remaining == 0 {
+            return output::line(&format!(
+                "broker {broker} holds no partition any more and can be stopped"
+            ));
+        }
+        let stuck = u32::try_from(view.stuck.len()).unwrap_or(u32::MAX);
+        if view.begun.is_empty() && stuck == view.remaining {
+            let named = view
+                .stuck
+                .iter()
+                .map(|(name, why)| format!("{name}: {why}"));
+            let named: Vec<String> = named.take(STUCK_SHOWN).collect();
+            bail!(
+                "{stuck} partitions cannot leave broker {broker}; {}",
+                named.join("; ")
+            );
+        }
+        if told != Some(view.remaining) {
+            output::line(&format!("{} partitions left", view.remaining))?;
+            told = Some(view.remaining);
+        }
+        tokio::time::sleep(LOOK).await;
+    }
 }
 
 fn status_text(status: &ClusterView) -> String {

@@ -16,6 +16,7 @@ mod directory;
 mod lines;
 mod output;
 mod progress;
+mod reassign;
 mod records;
 mod serve;
 mod settings;

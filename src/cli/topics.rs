@@ -1,4 +1,4 @@
-//! `logboom topic`: create, list, describe, delete.
+//! `logboom topic`: create, list, describe, reassign, delete.
 
 use std::collections::BTreeMap;
 use std::process::ExitCode;
@@ -9,6 +9,7 @@ use logboom::client::NewTopic;
 use logboom::types::TopicName;
 use serde_json::{Value, json};
 
+use super::reassign::{self, ReassignArgs};
 use super::{ClusterAddress, Usage, output};
 
 #[derive(Debug, Args)]
@@ -25,6 +26,8 @@ enum TopicCommand {
     List(ListArgs),
     /// Show leader, epoch, replicas, ISR, witness, offsets and lag of each partition
     Describe(DescribeArgs),
+    /// Move the replicas of a partition to other brokers, while it is used
+    Reassign(ReassignArgs),
     /// Delete a topic and its records
     Delete(DeleteArgs),
 }
@@ -111,6 +114,7 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
                 output::text(&describe_table(&topics))?;
             }
         }
+        TopicCommand::Reassign(args) => reassign::run(args).await?,
         TopicCommand::Delete(args) => {
             check_name(&args.name)?;
             args.cluster
@@ -207,6 +211,9 @@ pub(super) fn topic_json(topic: &TopicView) -> Value {
             "leader": view.leader,
             "epoch": view.epoch,
             "replicas": view.replicas.iter().map(replica).collect::<Vec<_>>(),
+            "adding": view.adding,
+            "removing": view.removing,
+            "reassigning": view.reassigning,
             "isr": view.isr,
             "witness": view.witness,
             "start_offset": view.start_offset,
@@ -240,8 +247,14 @@ fn describe_table(topics: &[TopicView]) -> String {
     topics.iter().map(section).collect::<Vec<_>>().join("\n")
 }
 
-/// What there is to say about partitions, one line each.
+/// What there is to say about partitions, one line each; that replicas come and go only when some do.
 pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
+    let moves = |view: &PartitionView| {
+        let adding = view.adding.iter().map(|broker| format!("+{broker}"));
+        let removing = view.removing.iter().map(|broker| format!("-{broker}"));
+        output::list(adding.chain(removing))
+    };
+    let some_move = partitions.iter().any(|view| moves(view) != "-");
     let row = |view: &PartitionView| {
         let lags = view.replicas.iter().map(|one| {
             format!(
@@ -251,7 +264,7 @@ pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
                     .map_or_else(|| "?".to_owned(), |lag| lag.to_string())
             )
         });
-        vec![
+        let mut cells = vec![
             view.partition.to_string(),
             output::or_dash(view.leader),
             view.epoch.to_string(),
@@ -261,9 +274,11 @@ pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
             output::or_dash(view.start_offset),
             output::or_dash(view.high_watermark),
             output::list(lags),
-        ]
+        ];
+        cells.extend(some_move.then(|| moves(view)));
+        cells
     };
-    let heading = [
+    let mut heading = vec![
         "PARTITION",
         "LEADER",
         "EPOCH",
@@ -274,5 +289,6 @@ pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
         "HIGH-WATERMARK",
         "LAG",
     ];
+    heading.extend(some_move.then_some("MOVING"));
     output::table(&heading, &partitions.iter().map(row).collect::<Vec<_>>())
 }

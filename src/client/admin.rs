@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Client, unexpected};
-use crate::api::{ClusterView, Request, Response, TopicRoute, TopicView};
+use crate::api::{ClusterView, DrainView, Request, Response, TopicRoute, TopicView};
 use crate::types::{BrokerId, Error, Offset, TopicName, TopicPartition};
 
 /// A topic to be created.
@@ -179,6 +179,54 @@ impl Admin {
     pub async fn elect_leaders(&self) -> Result<Vec<TopicPartition>, Error> {
         match self.client.request(Request::ElectLeaders).await? {
             Response::Elected(moved) => Ok(moved),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Moves the replicas of a partition to `replicas`, the preferred leader first, in the place of a move that is under way;
+    /// answers with what the operator should know, one line each. Returns when the move is decided: it ends by itself, as
+    /// [`PartitionView::reassigning`](crate::api::PartitionView) shows, and goes on through the death of any broker. Asking
+    /// again for the same changes nothing.
+    ///
+    /// # Errors
+    /// `InvalidRequest`, `InvalidReplicationFactor`, `UnknownTopic` and `UnknownPartition` for a move that cannot be.
+    pub async fn reassign(
+        &self,
+        partition: TopicPartition,
+        replicas: Vec<BrokerId>,
+    ) -> Result<Vec<String>, Error> {
+        self.ask_to_reassign(partition, Some(replicas)).await
+    }
+
+    /// Sends the replicas of a partition back to where they were before the move that is under way; harmless when none is.
+    pub async fn cancel_reassignment(&self, partition: TopicPartition) -> Result<(), Error> {
+        self.ask_to_reassign(partition, None).await.map(|_| ())
+    }
+
+    /// Begins to move what `broker` holds to other brokers, a few partitions at a time; answers with what has been begun and what
+    /// is left. To be asked again until [`DrainView::remaining`] is 0, from time to time: the moves end by themselves. Topics
+    /// that are created meanwhile may still get replicas there.
+    ///
+    /// # Errors
+    /// `InvalidRequest` for an unknown broker.
+    pub async fn drain(&self, broker: BrokerId) -> Result<DrainView, Error> {
+        match self.client.request(Request::Drain { broker }).await? {
+            Response::Draining(view) => Ok(view),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    async fn ask_to_reassign(
+        &self,
+        partition: TopicPartition,
+        replicas: Option<Vec<BrokerId>>,
+    ) -> Result<Vec<String>, Error> {
+        let request = Request::Reassign {
+            partition,
+            replicas,
+        };
+        match self.client.request(request).await? {
+            Response::Reassigning { warnings } => Ok(warnings),
             other => Err(unexpected(&other)),
         }
     }

@@ -34,6 +34,8 @@ impl Repeat {
             | Request::ElectLeaders
             | Request::InitProducer
             | Request::AdoptCluster { .. }
+            | Request::Reassign { .. }
+            | Request::Drain { .. }
             | Request::MoveLeader { .. } => Self::Idempotent,
             Request::Produce { .. }
             | Request::CreateTopic { .. }

@@ -6,6 +6,7 @@
 //! Does not place replicas (`placement`) and does not talk to Raft (`machine`).
 
 mod command;
+mod reassign;
 mod records;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -21,6 +22,7 @@ use crate::types::{
 };
 
 pub use command::{Answer, Command, PlannedPartition};
+pub use reassign::Reassignment;
 pub use records::{BrokerRecord, PartitionRecord, Replacement, TopicRecord};
 
 use command::{FORMAT, check_format};
@@ -123,11 +125,8 @@ impl ClusterMetadata {
                 partitions,
             } => self.create_topic(index, name, config, settings, partitions),
             Command::DeleteTopic { name } => self.delete_topic(name),
-            Command::BeginReplicaReplacement {
-                partition,
-                old,
-                broker,
-            } => self.begin_replacement(partition, old, broker),
+            Command::ReassignPartition { partition, target } => self.reassign(&partition, target),
+            Command::CancelReassignment { partition } => self.cancel_reassignment(&partition),
             Command::AllocateProducerId => {
                 let id = self.next_producer_id;
                 let Some(next) = id.checked_add(1) else {
@@ -216,18 +215,25 @@ impl ClusterMetadata {
         };
         record.position = record.position.max(position);
         for report in reports {
-            if self
+            let epoch = self.next_replica_epoch().ok();
+            let accepted = self
                 .partition(&report.partition)
-                .is_some_and(|known| known.accepts(broker, &report))
-                && let Some(known) = self.partition_mut(&report.partition)
-            {
-                if known.is_finished_by(&report) {
-                    known.replacement = None;
-                }
-                known.leader = Some(broker);
-                known.epoch = report.epoch;
-                known.isr = report.isr;
-            }
+                .is_some_and(|known| known.accepts(broker, &report));
+            let Some(known) = self.partition_mut(&report.partition).filter(|_| accepted) else {
+                continue;
+            };
+            let before = known.weight();
+            let drawn = if known.is_finished_by(&report) {
+                known.end_step(epoch)
+            } else {
+                None
+            };
+            known.leader = Some(broker);
+            known.epoch = report.epoch;
+            known.isr = report.isr;
+            let after = known.weight();
+            self.topics_weight = self.topics_weight - before + after;
+            self.last_replica_epoch = drawn.unwrap_or(self.last_replica_epoch);
         }
         Ok(Answer::Done)
     }
@@ -264,6 +270,7 @@ impl ClusterMetadata {
                 founding: assignment.clone(),
                 assignment,
                 replacement: None,
+                reassignment: None,
                 leader: None,
                 epoch: LeaderEpoch(0),
                 isr: Vec::new(),
@@ -323,44 +330,6 @@ impl ClusterMetadata {
         for record in &topic.partitions {
             groups.remove(&record.group);
         }
-        Ok(Answer::Done)
-    }
-
-    fn begin_replacement(
-        &mut self,
-        partition: TopicPartition,
-        old: ReplicaId,
-        broker: BrokerId,
-    ) -> Result<Answer, Error> {
-        self.check_partition(&partition)?;
-        if !self.brokers.contains_key(&broker) {
-            return Err(unknown_broker(broker));
-        }
-        let epoch = self.next_replica_epoch()?;
-        let Some(record) = self.partition_mut(&partition) else {
-            return Err(Error::UnknownTopic {
-                topic: partition.topic,
-            });
-        };
-        if !record.assignment.voters().any(|replica| replica == old) {
-            let reason = format!("{old} is not a replica of {partition}");
-            return Err(Error::InvalidRequest { reason });
-        }
-        if broker != old.broker() && record.held_by(broker).is_some() {
-            let reason = format!("broker {broker} has a replica of {partition} already");
-            return Err(Error::InvalidRequest { reason });
-        }
-        let moving = record
-            .replacement
-            .as_ref()
-            .map_or(0, |change| change.removing.len());
-        if moving >= record.founding.voters().count() {
-            let reason =
-                format!("the replicas of {partition} are being moved, wait for that to end");
-            return Err(Error::Refused { reason });
-        }
-        record.replace(old, ReplicaId::new(broker, old.kind(), epoch));
-        self.last_replica_epoch = epoch;
         Ok(Answer::Done)
     }
 

@@ -8,6 +8,7 @@
 //! Tasks: the leader's loop, and the purge of the local log. Lock: topics being created, for a moment, never across an await.
 
 pub mod balancer;
+pub mod drain;
 mod image;
 mod lead;
 pub mod liveness;
@@ -15,6 +16,7 @@ mod machine;
 pub mod members;
 pub mod metadata;
 pub mod placement;
+pub mod reassignment;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -35,8 +37,10 @@ pub use machine::{MetadataMachine, machine};
 pub use metadata::{Answer, ClusterMetadata, Command};
 
 use balancer::LeaderMove;
+use drain::{DrainPlan, plan_drain};
 use metadata::PlannedPartition;
-use placement::{Candidate, Loads, TopicShape, plan_topic};
+use placement::{Loads, TopicShape, plan_topic};
+use reassignment::{candidates, plan_move};
 
 /// Hands leadership of a partition to a replica: asks the broker that leads, given second, wherever it is.
 pub type LeaderMover = Arc<
@@ -56,7 +60,7 @@ pub struct ControllerConfig {
     pub election_timeout_max: Duration,
     /// How long a preferred leader must have been alive and in sync before it gets its leadership back.
     pub preferred_leader_delay: Duration,
-    /// Leaderships handed over at once.
+    /// Leaderships handed over at once; also partitions that are moved at once off a broker that is being emptied.
     pub moves_max: usize,
     /// How long a partition is left alone after a failed handover; longer after each further one, up to thirty times as long.
     pub move_mute: Duration,
@@ -234,18 +238,50 @@ impl Controller {
         created.map(|_| warnings)
     }
 
+    /// Begins to move the replicas of `partition` to `replicas`, the preferred leader first, in the place of a move that is
+    /// under way; or, with `None`, sends them back to where they were before it. Answers when that is decided, with what the
+    /// operator should know. On the leader only, as [`Controller::submit`].
+    pub async fn reassign(
+        &self,
+        partition: TopicPartition,
+        replicas: Option<Vec<BrokerId>>,
+    ) -> Result<Vec<String>, Error> {
+        if !self.0.group.status().borrow().is_serving() {
+            return Err(Error::ControllerUnavailable);
+        }
+        let Some(replicas) = replicas else {
+            let cancelled = self.submit(Command::CancelReassignment { partition });
+            return cancelled.await.map(|_| Vec::new());
+        };
+        let image = self.0.images.borrow().clone();
+        let plan = plan_move(&image, &partition, &replicas)?;
+        let target = plan.target;
+        let begun = self.submit(Command::ReassignPartition { partition, target });
+        begun.await.map(|_| plan.warnings)
+    }
+
+    /// Begins the next moves off `broker`, a few partitions at a time; answers with those begun, and with what is left. To be asked
+    /// again until nothing is. On the leader only, as [`Controller::submit`].
+    pub async fn drain(&self, broker: BrokerId) -> Result<DrainPlan, Error> {
+        if !self.0.group.status().borrow().is_serving() {
+            return Err(Error::ControllerUnavailable);
+        }
+        let image = self.0.images.borrow().clone();
+        let plan = plan_drain(&image, broker, self.0.config.moves_max)?;
+        for (partition, target) in plan.moves.iter().cloned() {
+            self.submit(Command::ReassignPartition { partition, target })
+                .await?;
+        }
+        Ok(plan)
+    }
+
     /// A plan that takes account of the topics being created, and is itself taken account of until the ticket is dropped.
     fn plan(
         &self,
         image: &ClusterMetadata,
         shape: TopicShape<'_>,
     ) -> Result<(Creation<'_>, Vec<PlannedPartition>, Vec<String>), Error> {
-        let alive = image.brokers().filter(|(_, record)| record.alive);
-        let candidate = |(broker, record): (BrokerId, &metadata::BrokerRecord)| Candidate {
-            broker,
-            rack: record.rack.clone(),
-        };
-        let candidates: Vec<Candidate> = alive.map(candidate).collect();
+        let candidates = candidates(image);
         let mut loads = Loads::of(image);
         let mut creations = self.0.creations();
         creations

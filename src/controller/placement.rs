@@ -7,7 +7,7 @@
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 
-use crate::types::{BrokerId, Error, ReplicaId};
+use crate::types::{BrokerId, Error};
 
 use super::metadata::{ClusterMetadata, PlannedPartition};
 
@@ -60,15 +60,11 @@ struct Load {
 pub struct Loads(BTreeMap<BrokerId, Load>);
 
 impl Loads {
-    /// What the brokers hold by `image`.
+    /// What the brokers hold by `image`, or will when what is under way has ended.
     pub fn of(image: &ClusterMetadata) -> Self {
         let mut loads = Self::default();
         for record in image.topics().flat_map(|(_, topic)| &topic.partitions) {
-            let planned = PlannedPartition {
-                replicas: record.replica_brokers(),
-                witness: record.assignment.witness.map(ReplicaId::broker),
-            };
-            loads.add(&planned);
+            loads.add(&record.destination());
         }
         loads
     }
@@ -146,6 +142,32 @@ pub fn plan_topic(
         partitions: planned,
         warnings,
     })
+}
+
+/// The broker for a witness beside `replicas`: one of `brokers` that is not among them.
+pub(super) fn choose_witness(
+    brokers: &[Candidate],
+    loads: &Loads,
+    replicas: &[BrokerId],
+) -> Option<BrokerId> {
+    Ring::new(brokers, loads).choose_witness(replicas)
+}
+
+/// The broker for one more copy beside those on `others`: of `brokers` one that is not among them, in another rack where that
+/// can be, with the fewest copies.
+pub(super) fn choose_replica(
+    brokers: &[Candidate],
+    loads: &Loads,
+    others: &[BrokerId],
+) -> Option<BrokerId> {
+    let ring = Ring::new(brokers, loads);
+    let free = ring
+        .slots
+        .iter()
+        .filter(|(broker, _)| !others.contains(broker));
+    let best = free
+        .min_by_key(|(broker, slot)| (ring.in_rack_of(slot, others), slot.load.replicas, **broker));
+    best.map(|(broker, _)| *broker)
 }
 
 fn check_pinned(brokers: &[Candidate], shape: TopicShape<'_>) -> Result<(), Error> {
@@ -307,13 +329,14 @@ impl Ring {
     }
 
     fn choose_witness(&self, replicas: &[BrokerId]) -> Option<BrokerId> {
-        let leader = replicas.first().and_then(|leader| self.slots.get(leader))?;
+        let leader = replicas.first().and_then(|leader| self.slots.get(leader));
+        let from = leader.map_or(0, |leader| leader.order);
         let free = self
             .slots
             .iter()
             .filter(|(broker, _)| !replicas.contains(broker));
         let best = free.min_by_key(|(_, slot)| {
-            let steps = self.distance(leader.order, slot);
+            let steps = self.distance(from, slot);
             (self.in_rack_of(slot, replicas), slot.load.witnesses, steps)
         });
         best.map(|(broker, _)| *broker)

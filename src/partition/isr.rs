@@ -19,6 +19,8 @@ pub(super) struct View<'a> {
     pub(super) epoch: LeaderEpoch,
     /// The partition's replicas.
     pub(super) assignment: &'a Assignment,
+    /// Data replicas that are being moved away: not assigned any more, and counted like the others as long as they vote.
+    pub(super) leaving: &'a BTreeSet<ReplicaId>,
     /// The group's voters, of both sides while they change.
     pub(super) voters: &'a BTreeSet<ReplicaId>,
     /// Whether a change of the voters is under way.
@@ -30,11 +32,15 @@ pub(super) struct View<'a> {
 }
 
 impl View<'_> {
-    /// The data replicas: those of the assignment, and the leader, who may be about to leave it.
+    /// The data replicas: those of the assignment, those that vote although they are about to leave, and the leader, whether
+    /// it is one or the other.
     fn data_replicas(&self) -> impl Iterator<Item = ReplicaId> + '_ {
         let me = Some(self.me).filter(|me| !self.assignment.replicas.contains(me));
+        let leaving = self.leaving.intersection(self.voters).copied();
+        let leaving = leaving.filter(|replica| *replica != self.me && !replica.is_witness());
         me.into_iter()
             .chain(self.assignment.replicas.iter().copied())
+            .chain(leaving)
     }
 
     fn followers(&self) -> impl Iterator<Item = ReplicaId> + '_ {
@@ -57,12 +63,13 @@ impl View<'_> {
             .filter(|known| !known.lost_data)
     }
 
-    /// The last entry that at least `copies` data replicas of the assignment have durably.
+    /// The last entry that at least `copies` data replicas have durably. Only voters count: what learns may be dropped again,
+    /// and what has been removed is about to be deleted.
     pub(super) fn durable_on_at_least(&self, copies: u32) -> Option<LogIndex> {
-        let replicas = self.assignment.replicas.iter();
-        let mut durable: Vec<_> = replicas
-            .filter_map(|replica| self.durable(*replica))
-            .collect();
+        let voting = self
+            .data_replicas()
+            .filter(|replica| self.voters.contains(replica));
+        let mut durable: Vec<_> = voting.filter_map(|replica| self.durable(replica)).collect();
         durable.sort_unstable_by(|a, b| b.cmp(a));
         let nth = usize::try_from(copies.max(1) - 1).unwrap_or(usize::MAX);
         durable.get(nth).copied()
@@ -72,9 +79,11 @@ impl View<'_> {
     /// durably; beside a witness, which holds no records, the leader must be one of them.
     pub(super) fn acknowledgeable(&self, min_in_sync: u32) -> Option<LogIndex> {
         let durable = self.durable_on_at_least(min_in_sync)?;
-        match self.assignment.witness {
-            Some(_) => self.progress.flushed.map(|flushed| flushed.min(durable)),
-            None => Some(durable),
+        // By who votes: a witness may come or go, or be renewed, beside an assignment that has one or none.
+        if self.voters.iter().any(|voter| voter.is_witness()) {
+            self.progress.flushed.map(|flushed| flushed.min(durable))
+        } else {
+            Some(durable)
         }
     }
 

@@ -103,10 +103,11 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
         *leading = None;
         return close(inner, Standing::Opening, Some(seen));
     }
-    let (assignment, min_in_sync) = {
+    let (assignment, leaving, min_in_sync) = {
         let settings = inner.settings();
         (
             settings.assignment.clone(),
+            settings.leaving.clone(),
             settings.config.min_insync_replicas,
         )
     };
@@ -121,6 +122,7 @@ async fn observe(inner: &Arc<Inner>, seen: Seen, leading: &mut Option<Leading>) 
         me: inner.me,
         epoch: seen.epoch,
         assignment: &assignment,
+        leaving: &leaving,
         last: seen.last,
         progress: &progress,
     };

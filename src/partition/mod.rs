@@ -16,6 +16,7 @@ mod read;
 mod retain;
 mod state_machine;
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -82,6 +83,8 @@ pub struct PartitionSpec {
     pub me: ReplicaId,
     /// All replicas.
     pub assignment: Assignment,
+    /// Data replicas that are not assigned any more but count as long as they vote: they are being moved away.
+    pub leaving: BTreeSet<ReplicaId>,
     /// The topic's configuration.
     pub config: TopicConfig,
     /// Limits.
@@ -134,6 +137,7 @@ struct Gate {
 #[derive(Debug, Clone)]
 struct Settings {
     assignment: Assignment,
+    leaving: BTreeSet<ReplicaId>,
     config: TopicConfig,
 }
 
@@ -159,10 +163,6 @@ struct Inner {
 impl Inner {
     fn settings(&self) -> MutexGuard<'_, Settings> {
         self.settings.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn assignment(&self) -> Assignment {
-        self.settings().assignment.clone()
     }
 
     fn min_in_sync(&self) -> u32 {
@@ -198,12 +198,16 @@ impl Inner {
             let last = status.last.map(|entry| entry.index);
             (status.epoch, last, status.voters.clone(), status.is_joint)
         };
-        let assignment = self.assignment();
+        let (assignment, leaving) = {
+            let settings = self.settings();
+            (settings.assignment.clone(), settings.leaving.clone())
+        };
         let progress = self.group.progress();
         decide(&View {
             me: self.me,
             epoch,
             assignment: &assignment,
+            leaving: &leaving,
             voters: &voters,
             is_joint,
             last,
@@ -278,6 +282,7 @@ impl Partition {
             room: spec.room,
             settings: Mutex::new(Settings {
                 assignment: spec.assignment,
+                leaving: spec.leaving,
                 config: spec.config,
             }),
             settings_changed: watch::Sender::default(),
@@ -428,13 +433,17 @@ impl Partition {
                 lag: if leads { view.lag(*replica) } else { None },
                 in_sync: leads && gate.isr.contains(&replica.broker()),
             };
-            view.assignment.replicas.iter().map(replica).collect()
+            let replicas = view.assignment.replicas.iter().chain(view.leaving);
+            replicas.map(replica).collect()
         });
         PartitionView {
             partition: inner.partition.partition,
             leader: gate.leader.map(ReplicaId::broker),
             epoch: gate.epoch,
             replicas,
+            adding: Vec::new(), // the controller's to say
+            removing: Vec::new(),
+            reassigning: false,
             isr: if leads { gate.isr.clone() } else { Vec::new() },
             witness: inner.settings().assignment.witness.map(ReplicaId::broker),
             start_offset: serves.then_some(log_start),
@@ -451,6 +460,7 @@ impl Partition {
             epoch: gate.epoch,
             isr: gate.isr.clone(),
             voters: Vec::new(), // whoever changes the members fills them in
+            change: 0,
         })
     }
 
@@ -459,9 +469,13 @@ impl Partition {
         self.0.reports.subscribe()
     }
 
-    /// Takes a new assignment.
-    pub fn set_assignment(&self, assignment: Assignment) {
-        self.0.settings().assignment = assignment;
+    /// Takes a new assignment, and the data replicas that are being moved away.
+    pub fn set_assignment(&self, assignment: Assignment, leaving: BTreeSet<ReplicaId>) {
+        {
+            let mut settings = self.0.settings();
+            settings.assignment = assignment;
+            settings.leaving = leaving;
+        }
         self.0.settings_changed.send_replace(());
     }
 

@@ -6,6 +6,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use crate::controller::metadata::PartitionRecord;
 use crate::raft::GroupStatus;
 use crate::types::{Assignment, ReplicaId};
 
@@ -78,9 +79,59 @@ pub(super) enum MemberStep {
     HandOver(ReplicaId),
 }
 
-/// The leader `me`'s next step from the members in `status` towards `assignment`. `knows` tells whether the image that the
-/// assignment comes from is younger than a replica; `is_level` whether a replica is connected and has caught up.
+/// What the leader's image says.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Desired<'a> {
+    /// The replicas that the group should have.
+    pub(super) assignment: &'a Assignment,
+    /// Whether the image shows the leader as such in its epoch. An older one may ask for replicas that have been given up
+    /// since: the controller ends a change by the word of the newest leader that it has heard, so that what a leader sees in
+    /// an image that has its own report is not overtaken by the word of an earlier one.
+    pub(super) is_current: bool,
+}
+
+/// The leader `me`'s next step from the members in `status` towards what is desired. `knows` tells whether the image that
+/// this comes from is younger than a replica; `is_level` whether a replica is connected and has caught up.
 pub(super) fn member_step(
+    me: ReplicaId,
+    desired: Desired<'_>,
+    status: &GroupStatus,
+    knows: impl Fn(ReplicaId) -> bool,
+    is_level: impl Fn(ReplicaId) -> bool,
+) -> MemberStep {
+    let step = step_towards(me, desired.assignment, status, knows, is_level);
+    if desired.is_current || step == MemberStep::Settled {
+        step
+    } else {
+        MemberStep::Wait
+    }
+}
+
+/// Whether the group may go over from `now` to `wanted`: as many copies are in sync after it as before, or all that are
+/// wanted, and a majority of those that will vote is there to decide.
+fn may_change(
+    now: &BTreeSet<ReplicaId>,
+    wanted: &BTreeSet<ReplicaId>,
+    is_level: impl Fn(ReplicaId) -> bool,
+) -> bool {
+    let data = |replicas: &BTreeSet<ReplicaId>| -> BTreeSet<ReplicaId> {
+        replicas
+            .iter()
+            .copied()
+            .filter(|replica| !replica.is_witness())
+            .collect()
+    };
+    let level = |replicas: &BTreeSet<ReplicaId>| {
+        replicas
+            .iter()
+            .filter(|replica| is_level(**replica))
+            .count()
+    };
+    let (copies_now, copies_then) = (level(&data(now)), level(&data(wanted)));
+    copies_then >= copies_now.min(data(wanted).len()) && level(wanted) * 2 > wanted.len()
+}
+
+fn step_towards(
     me: ReplicaId,
     assignment: &Assignment,
     status: &GroupStatus,
@@ -115,7 +166,7 @@ pub(super) fn member_step(
         });
     }
     let mut new = wanted.difference(&status.voters);
-    if !new.all(|replica| is_level(*replica)) {
+    if !new.all(|replica| is_level(*replica)) || !may_change(&status.voters, &wanted, &is_level) {
         return MemberStep::Wait;
     }
     if wanted.contains(&me) {
@@ -132,10 +183,29 @@ pub(super) fn member_step(
     heir.map_or(MemberStep::Wait, MemberStep::HandOver)
 }
 
+/// The followers that must have the whole log before the leader `me` may say that a change has ended: what was acknowledged
+/// under the members before may have its other copies on the replicas that are deleted next. All new copies, and of the
+/// others those that are `level`: one that is away was not counted on before.
+pub(super) fn copies_to_confirm(
+    me: ReplicaId,
+    record: &PartitionRecord,
+    level: &BTreeSet<ReplicaId>,
+) -> BTreeSet<ReplicaId> {
+    let Some(change) = &record.replacement else {
+        return BTreeSet::new();
+    };
+    let assigned = record.assignment.replicas.iter().copied();
+    assigned
+        .filter(|replica| *replica != me)
+        .filter(|replica| change.adding.contains(replica) || level.contains(replica))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::{BrokerId, ReplicaKind};
+    use crate::controller::metadata::Replacement;
+    use crate::types::{BrokerId, GroupId, LeaderEpoch, ReplicaKind};
 
     fn data(broker: u32, epoch: u32) -> ReplicaId {
         ReplicaId::new(BrokerId(broker), ReplicaKind::Data, epoch)
@@ -218,14 +288,25 @@ mod tests {
             is_joint: case.is_joint,
             ..GroupStatus::default()
         };
-        let step = member_step(
-            case.me,
-            &assignment,
-            &status,
-            |replica| replica.epoch() <= youngest,
-            |replica| case.level.contains(&replica),
-        );
-        assert_eq!(step, case.step, "{}", case.name);
+        let step = |is_current| {
+            let desired = Desired {
+                assignment: &assignment,
+                is_current,
+            };
+            member_step(
+                case.me,
+                desired,
+                &status,
+                |replica| replica.epoch() <= youngest,
+                |replica| replica == case.me || case.level.contains(&replica),
+            )
+        };
+        assert_eq!(step(true), case.step, "{}", case.name);
+        let by_an_old_image = match case.step {
+            MemberStep::Settled => MemberStep::Settled,
+            _ => MemberStep::Wait,
+        };
+        assert_eq!(step(false), by_an_old_image, "{} (old image)", case.name);
     }
 
     /// Goal: a lost replica is replaced in the right order: learn, catch up, vote, and only then the old one goes; a change
@@ -385,5 +466,122 @@ mod tests {
             },
             9,
         );
+    }
+
+    /// Goal: members are changed only when as many copies are in sync after it as before, or all that are wanted, and when
+    /// enough of those that will vote are there. Method: a table of moves by broker 1, which stays; who is in sync.
+    #[test]
+    fn no_change_costs_a_copy_or_the_majority() {
+        type Row<'a> = (&'a str, &'a [u32], &'a [u32], &'a [u32], bool);
+        let table: [Row<'_>; 10] = [
+            ("one moves", &[1, 2, 3], &[1, 3, 4], &[2, 3, 4], true),
+            ("a dead one moves", &[1, 2, 3], &[1, 3, 4], &[3, 4], true),
+            (
+                "one that stays was late before",
+                &[1, 2, 3],
+                &[1, 3, 4],
+                &[2, 4],
+                true,
+            ),
+            ("two move", &[1, 2, 3], &[1, 4, 5], &[2, 3, 4, 5], true),
+            (
+                "one of two is late",
+                &[1, 2, 3],
+                &[1, 4, 5],
+                &[2, 3, 4],
+                false,
+            ),
+            ("all that is wanted", &[1, 2, 3], &[1, 2], &[2, 3], true),
+            ("the wrong one goes", &[1, 2, 3], &[1, 2], &[3], false),
+            ("fewer, and one dead", &[1, 2, 3], &[1], &[2], true),
+            ("more", &[1], &[1, 2, 3], &[2, 3], true),
+            ("more, and one late", &[1], &[1, 2, 3], &[2], false),
+        ];
+        for (name, now, wanted, level, is_changed) in table {
+            let set = |brokers: &[u32]| -> Vec<ReplicaId> {
+                brokers.iter().map(|broker| data(*broker, 1)).collect()
+            };
+            let (now, wanted, level) = (set(now), set(wanted), set(level));
+            let learners: Vec<ReplicaId> = wanted
+                .iter()
+                .copied()
+                .filter(|replica| !now.contains(replica))
+                .collect();
+            let step = if is_changed {
+                MemberStep::ChangeVoters(wanted.iter().copied().collect())
+            } else {
+                MemberStep::Wait
+            };
+            let case = Case {
+                name,
+                me: data(1, 1),
+                wanted: &wanted,
+                voters: &now,
+                learners: &learners,
+                is_joint: false,
+                level: &level,
+                step,
+            };
+            check(&case, 9);
+        }
+        // a witness is no copy, but it is one of those that decide
+        let (one, two, w) = (data(1, 1), data(2, 1), witness(3, 1));
+        let case = Case {
+            name: "only the witness would be there",
+            me: one,
+            wanted: &[one, two, w],
+            voters: &[one, two],
+            learners: &[w],
+            is_joint: false,
+            level: &[w],
+            step: MemberStep::ChangeVoters([one, two, w].into()),
+        };
+        check(&case, 9);
+        let case = Case {
+            name: "a vote of two, and one is away",
+            wanted: &[one, two],
+            voters: &[one, two, w],
+            learners: &[],
+            level: &[w],
+            step: MemberStep::Wait,
+            ..case
+        };
+        check(&case, 9);
+    }
+
+    /// Goal: no old copy is given up before every new one, and every kept one that is there, has all of the log; one that is
+    /// away holds nothing up. Method: replicas 1 (leads), 2 and 3, of which 3 is new, by who is level.
+    #[test]
+    fn old_copies_are_needed_until_the_others_have_everything() {
+        let (me, kept, new) = (data(1, 1), data(2, 1), data(3, 5));
+        let assignment = Assignment {
+            replicas: vec![new, kept, me],
+            witness: Some(witness(4, 5)),
+        };
+        let mut record = PartitionRecord {
+            group: GroupId(1),
+            founding: assignment.clone(),
+            assignment,
+            replacement: Some(Replacement {
+                number: 5,
+                adding: [new, witness(4, 5)].into(),
+                removing: [data(5, 1)].into(),
+            }),
+            reassignment: None,
+            leader: None,
+            epoch: LeaderEpoch(1),
+            isr: Vec::new(),
+        };
+        for (level, needed) in [
+            (&[][..], &[new][..]),
+            (&[kept], &[kept, new]),
+            (&[kept, new, data(5, 1)], &[kept, new]),
+        ] {
+            let level: BTreeSet<ReplicaId> = level.iter().copied().collect();
+            let copies = copies_to_confirm(me, &record, &level);
+            assert_eq!(copies, needed.iter().copied().collect(), "{level:?}");
+        }
+        record.replacement = None;
+        assert!(copies_to_confirm(me, &record, &[kept].into()).is_empty());
     }
 }

@@ -113,20 +113,16 @@ impl Hosted {
     /// What the metadata does not show of what this replica sees while it leads.
     fn news(&self, broker: BrokerId) -> Option<PartitionReport> {
         let mut report = self.partition.report()?;
-        let members = self
-            .members
-            .as_ref()
-            .filter(|members| members.epoch == report.epoch);
-        let assigned = || {
-            self.record
-                .assignment
-                .voters()
-                .collect::<BTreeSet<ReplicaId>>()
-        };
-        if self.record.replacement.is_some()
-            && let Some(members) = members.filter(|members| members.voters == assigned())
+        if let Some(change) = &self.record.replacement
+            && let Some(members) = &self.members
+            && members.epoch == report.epoch
+            && members.change == change.number
         {
-            report.voters = members.voters.iter().copied().collect();
+            let assigned: BTreeSet<ReplicaId> = self.record.assignment.voters().collect();
+            if members.voters == assigned {
+                report.voters = members.voters.iter().copied().collect();
+                report.change = change.number;
+            }
         }
         let known = &self.record;
         let is_known = known.leader == Some(broker)

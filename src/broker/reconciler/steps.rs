@@ -7,28 +7,31 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::controller::metadata::PartitionRecord;
 use crate::raft::{Group, GroupStatus, RaftError, Role};
-use crate::types::{Assignment, Error, LeaderEpoch, LogIndex, ReplicaId};
+use crate::types::{Error, LeaderEpoch, LogIndex, ReplicaId};
 
-use super::plan::{MemberStep, member_step};
+use super::plan::{Desired, MemberStep, copies_to_confirm, member_step};
 use super::work::{Outcome, failed};
 
 /// How recently a follower that lags by a little must have had everything to count as level.
 const LEVEL_WITHIN: Duration = Duration::from_secs(1);
-/// Longest wait for a membership to be committed.
+/// Longest wait for a membership to be committed and durable.
 const COMMIT_PATIENCE: Duration = Duration::from_secs(2);
 /// Replicas that are asked to take a leadership over before it stays where it is.
 const HEIRS_MAX: usize = 3;
 
-/// The members that a leader found committed in its epoch.
+/// The members that a leader found committed in its epoch, and durable where they have to be.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Members {
     pub(super) epoch: LeaderEpoch,
     pub(super) voters: BTreeSet<ReplicaId>,
+    /// The number of the replacement that they were held against; 0 when there was none.
+    pub(super) change: u32,
 }
 
 /// The replicas that are connected and have everything that is committed, or had everything a moment ago.
-pub(super) fn level_replicas(group: &Group) -> BTreeSet<ReplicaId> {
+fn level_replicas(group: &Group) -> BTreeSet<ReplicaId> {
     let (epoch, committed) = {
         let status = group.status();
         let status = status.borrow();
@@ -48,25 +51,30 @@ pub(super) fn level_replicas(group: &Group) -> BTreeSet<ReplicaId> {
     level.map(|(replica, _)| replica).collect()
 }
 
-/// Takes the next step towards the assignment; to be called again until it is [`Outcome::Settled`].
+/// Takes the next step towards the assignment in `record`; to be called again until it is [`Outcome::Settled`].
 pub(super) async fn settle_members(
     group: &Group,
-    assignment: &Assignment,
+    record: &PartitionRecord,
     knows: impl Fn(ReplicaId) -> bool,
-    level: &BTreeSet<ReplicaId>,
 ) -> Result<Outcome, Error> {
+    let me = group.me();
     let status = group.status().borrow().clone();
     if !status.is_serving() {
         return Ok(Outcome::Waits);
     }
-    let is_level = |replica| replica == group.me() || level.contains(&replica);
-    let step = member_step(group.me(), assignment, &status, knows, is_level);
+    let level = level_replicas(group);
+    let desired = Desired {
+        assignment: &record.assignment,
+        is_current: record.leader == Some(me.broker()) && record.epoch == status.epoch,
+    };
+    let is_level = |replica| replica == me || level.contains(&replica);
+    let step = member_step(me, desired, &status, knows, is_level);
     if !matches!(step, MemberStep::Settled | MemberStep::Wait) {
         tracing::info!(group = %group.id(), ?step, "changing the members of a group");
     }
     let result = match step {
         MemberStep::Wait => return Ok(Outcome::Waits),
-        MemberStep::Settled => return Ok(confirm(group, status).await),
+        MemberStep::Settled => return Ok(confirm(group, record, status, &level).await),
         MemberStep::AddLearner(replica) => group.add_learner(replica).await,
         MemberStep::RemoveLearner(replica) => group.remove_learner(replica).await,
         MemberStep::ChangeVoters(voters) => group.change_voters(voters).await,
@@ -79,22 +87,62 @@ pub(super) async fn settle_members(
     }
 }
 
-/// Waits until the membership seen in `seen` is committed: a later leader might undo it before.
-async fn confirm(group: &Group, seen: GroupStatus) -> Outcome {
+/// Waits until the membership seen in `seen` is committed, for a later leader might undo it before; and, when the replicas
+/// are being replaced, until every new copy and every other one that keeps up has all of the log up to it: what was
+/// acknowledged under the members before may have its other copies on the replicas that are deleted next.
+async fn confirm(
+    group: &Group,
+    record: &PartitionRecord,
+    seen: GroupStatus,
+    level: &BTreeSet<ReplicaId>,
+) -> Outcome {
     let last = seen.last.map(|id| id.index);
-    let mut status = group.status();
-    let is_over = |now: &GroupStatus| now.epoch != seen.epoch || now.role != Role::Leader;
-    let is_committed = |now: &GroupStatus| now.committed.map(|id| id.index) >= last;
-    let waited = status.wait_for(|now| is_over(now) || is_committed(now));
-    match tokio::time::timeout(COMMIT_PATIENCE, waited).await {
-        Ok(Ok(now)) if !is_over(&now) && now.voters == seen.voters && !now.is_joint => {
-            Outcome::Settled(Members {
-                epoch: seen.epoch,
-                voters: seen.voters,
-            })
+    let change = record.replacement.as_ref();
+    let copies = copies_to_confirm(group.me(), record, level);
+    let are_durable = || {
+        let progress = group.progress();
+        let has_it = |replica: &ReplicaId| {
+            let follower = progress.followers.get(replica);
+            follower.is_some_and(|follower| !follower.lost_data && follower.matched >= last)
+        };
+        progress.epoch == seen.epoch && progress.flushed >= last && copies.iter().all(has_it)
+    };
+    let mut changed = group.progress_changed();
+    let confirmed = async {
+        if change.is_none() {
+            let is_seen = |now: &GroupStatus| {
+                now.epoch != seen.epoch || now.committed.map(|id| id.index) >= last
+            };
+            return group.status().wait_for(is_seen).await.is_ok();
         }
-        _ => Outcome::Waits,
+        // A quorum answers, and every change of members asked for before has been taken up.
+        if group.linearize(COMMIT_PATIENCE).await.is_err() {
+            return false;
+        }
+        while !are_durable() {
+            if changed.changed().await.is_err() {
+                return false;
+            }
+        }
+        true
+    };
+    if !matches!(
+        tokio::time::timeout(COMMIT_PATIENCE, confirmed).await,
+        Ok(true)
+    ) {
+        return Outcome::Waits;
     }
+    let now = group.status().borrow().clone();
+    let is_over = now.epoch != seen.epoch || now.role != Role::Leader;
+    let is_committed = now.committed.map(|id| id.index) >= last;
+    if is_over || !is_committed || now.is_joint || now.voters != seen.voters {
+        return Outcome::Waits;
+    }
+    Outcome::Settled(Members {
+        epoch: seen.epoch,
+        voters: seen.voters,
+        change: change.map_or(0, |change| change.number),
+    })
 }
 
 /// Hands leadership of a group that is led here to the replica that has most, and is connected.

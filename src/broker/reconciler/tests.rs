@@ -10,6 +10,7 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::time::Instant;
 
+use crate::controller::metadata::PlannedPartition;
 use crate::controller::{self, Command, Controller, ControllerConfig};
 use crate::net::{Channel, Handler, Identity, Message, Net, NetConfig, Origin, Reply};
 use crate::raft::RaftConfig;
@@ -520,33 +521,23 @@ async fn a_replica_moves_to_another_broker() {
         topic: topic.clone(),
         partition: PartitionId(0),
     };
-    let old = cluster
-        .image()
-        .unwrap()
-        .partition(&partition)
-        .unwrap()
-        .assignment
-        .clone();
-    let old = old.preferred_leader().unwrap();
-    let broker = BrokerId(2);
+    let target = PlannedPartition {
+        replicas: vec![BrokerId(2)],
+        witness: None,
+    };
     cluster
-        .submit(Command::BeginReplicaReplacement {
-            partition,
-            old,
-            broker,
-        })
+        .submit(Command::ReassignPartition { partition, target })
         .await;
     cluster.until_seen(&topic, &[(2, &[2])]).await;
     until("the old copy is gone", || {
         cluster.nodes[&1].stored_partitions() == 0
     })
     .await;
-    assert!(
-        cluster
-            .image()
-            .unwrap()
+    let at_rest = |image: &ClusterMetadata| {
+        image
             .partitions()
-            .all(|(_, record)| record.replacement.is_none())
-    );
+            .all(|(_, record)| record.replacement.is_none() && record.reassignment.is_none())
+    };
+    cluster.until_image("the move has ended", at_rest).await;
     assert_eq!(cluster.nodes[&2].stored_partitions(), 1);
 }

@@ -21,7 +21,7 @@ use crate::types::{Error, GroupId, LeaderEpoch, ReplicaId, TopicPartition};
 
 use super::plan::{LocalStep, founding_delay, local_step};
 use super::reports::{Reported, Reports};
-use super::steps::{Members, level_replicas, settle_members};
+use super::steps::{Members, settle_members};
 use super::{Inner, STEPS_MAX};
 
 /// Between two looks at the partitions; also the longest that a report waits for company.
@@ -228,10 +228,10 @@ impl State {
         else {
             return;
         };
-        if hosted.record.assignment != wanted.record.assignment {
-            hosted
-                .partition
-                .set_assignment(wanted.record.assignment.clone());
+        let (known, now) = (&hosted.record, &wanted.record);
+        if (&known.assignment, &known.replacement) != (&now.assignment, &now.replacement) {
+            let (assignment, leaving) = (now.assignment.clone(), now.leaving());
+            hosted.partition.set_assignment(assignment, leaving);
         }
         if hosted.settings != wanted.settings {
             hosted.partition.set_config(wanted.settings.clone());
@@ -383,6 +383,7 @@ impl State {
                 group,
                 me: wanted.me,
                 assignment: wanted.record.assignment.clone(),
+                leaving: wanted.record.leaving(),
                 config: wanted.settings.clone(),
                 limits: ports.limits,
                 endpoints: ports.endpoints,
@@ -427,9 +428,8 @@ impl State {
         let (image, raft_group) = (Arc::clone(&self.image), partition.group().clone());
         self.settling.insert(group);
         self.begin(group, async move {
-            let level = level_replicas(&raft_group);
             let knows = |replica| image.knows(replica);
-            let step = settle_members(&raft_group, &record.assignment, knows, &level);
+            let step = settle_members(&raft_group, &record, knows);
             let timed = tokio::time::timeout(SETTLE_PATIENCE, step).await;
             let after_ms = u64::try_from(SETTLE_PATIENCE.as_millis()).unwrap_or(u64::MAX);
             timed.unwrap_or(Err(Error::Timeout { after_ms }))
@@ -521,9 +521,12 @@ impl State {
                 self.unfounded.remove(&group);
             }
             Outcome::Settled(members) => {
-                self.unsettled.remove(&group);
                 self.reports.mark(group);
                 if let Some(hosted) = self.hosted.get_mut(&group) {
+                    let change = hosted.record.replacement.as_ref();
+                    if change.map_or(0, |change| change.number) == members.change {
+                        self.unsettled.remove(&group);
+                    } // else the next change has come meanwhile
                     hosted.members = Some(members);
                 }
             }

@@ -44,6 +44,7 @@ async fn a_client_cannot_speak_for_a_broker() {
         epoch: LeaderEpoch(u64::MAX),
         isr: vec![broker],
         voters: Vec::new(),
+        change: 0,
     };
     let position = u64::MAX;
     for request in [

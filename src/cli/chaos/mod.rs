@@ -130,11 +130,6 @@ impl Settings {
             if kind.needs_fault_disk() && !fault_disks {
                 return Some("needs Linux with glibc on 64 bits".to_owned());
             }
-            if kind == Kind::Reassign {
-                return Some(
-                    "is not possible: the replicas of a partition stay where they are".to_owned(),
-                );
-            }
             if brokers < kind.brokers_min() {
                 return Some(format!("needs at least {} brokers", kind.brokers_min()));
             }

@@ -12,7 +12,7 @@ use crate::types::{
 };
 
 /// Version of the encoded commands and of the encoded state; another one is not read.
-pub(super) const FORMAT: u8 = 1;
+pub(super) const FORMAT: u8 = 2;
 
 /// Where a new partition goes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -78,15 +78,18 @@ pub enum Command {
         /// Its name.
         name: TopicName,
     },
-    /// Puts a new replica on `broker` in the place of `old`: on the same broker when the copy there is lost or damaged, on
-    /// another one to move it. Ends by itself when the leader reports that the new replica votes and is in sync.
-    BeginReplicaReplacement {
+    /// Moves the replicas of a partition, in as many steps as it takes; in the place of a move that is under way. Ends by
+    /// itself, see [`Reassignment`](super::Reassignment). Changes nothing when it is there, or on its way there.
+    ReassignPartition {
         /// The partition.
         partition: TopicPartition,
-        /// The replica to replace.
-        old: ReplicaId,
-        /// Where the new one goes.
-        broker: BrokerId,
+        /// Where its replicas go.
+        target: PlannedPartition,
+    },
+    /// Moves the replicas back to where they were before the move that is under way. Changes nothing when none is.
+    CancelReassignment {
+        /// The partition.
+        partition: TopicPartition,
     },
     /// Draws a producer id.
     AllocateProducerId,

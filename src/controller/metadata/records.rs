@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use super::reassign::Reassignment;
 use crate::api::PartitionReport;
 use crate::config::TopicConfig;
 use crate::types::{
@@ -43,7 +44,9 @@ pub struct BrokerRecord {
 /// A change of a partition's replicas under way.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Replacement {
-    /// New replicas, in the assignment already.
+    /// Tells it from every other change of this partition: the replica epoch drawn for it.
+    pub number: u32,
+    /// New replicas, in the assignment already, and those taken back into it.
     pub adding: BTreeSet<ReplicaId>,
     /// Old replicas on brokers that they move away from; each is kept until the change is finished. A copy that is lost or
     /// damaged is not among them.
@@ -61,6 +64,8 @@ pub struct PartitionRecord {
     pub founding: Assignment,
     /// A change of replicas under way.
     pub replacement: Option<Replacement>,
+    /// Where the replicas are being moved, when they are; `replacement` is the present step of it.
+    pub reassignment: Option<Reassignment>,
     /// Who leads, as last reported.
     pub leader: Option<BrokerId>,
     /// In which epoch; 0 until a leader has reported.
@@ -111,6 +116,7 @@ impl PartitionRecord {
             *place = new;
         }
         let change = self.replacement.get_or_insert_default();
+        change.number = new.epoch();
         change.adding.remove(&old);
         change.adding.insert(new);
         if old.broker() != new.broker() {
@@ -136,6 +142,9 @@ impl PartitionRecord {
         let Some(change) = &self.replacement else {
             return false;
         };
+        if change.number != report.change {
+            return false; // it speaks of an earlier one
+        }
         let wanted: BTreeSet<ReplicaId> = self.assignment.voters().collect();
         let voters: BTreeSet<ReplicaId> = report.voters.iter().copied().collect();
         let mut new_data = change.adding.iter().filter(|replica| !replica.is_witness());
@@ -259,7 +268,7 @@ pub(super) fn check_registration(new: &BrokerRecord) -> Result<(), Error> {
     Ok(())
 }
 
-/// Bytes that `topic` may come to in a checkpoint, from what never changes, with two replacements of every replica under way.
+/// Bytes that `topic` may come to in a checkpoint: never less, whatever happens to its partitions but another reassignment.
 pub(super) fn weight(name: &TopicName, topic: &TopicRecord) -> u64 {
     let count = |length: usize| u64::try_from(length).unwrap_or(u64::MAX);
     let pairs: u64 = topic
@@ -267,10 +276,6 @@ pub(super) fn weight(name: &TopicName, topic: &TopicRecord) -> u64 {
         .iter()
         .map(|(k, v)| count(k.len() + v.len()) + 10)
         .sum();
-    let per_partition = |record: &Arc<PartitionRecord>| {
-        let voters = count(record.founding.voters().count());
-        32 + voters * (2 + 4) * 9 + voters * 5
-    };
-    let partitions: u64 = topic.partitions.iter().map(per_partition).sum();
+    let partitions: u64 = topic.partitions.iter().map(|record| record.weight()).sum();
     count(name.as_str().len()) + 64 + pairs + partitions
 }

@@ -27,6 +27,7 @@ type Seen = (Option<u64>, Option<u64>, bool);
 struct World {
     start: Instant,
     assignment: Assignment,
+    leaving: BTreeSet<ReplicaId>,
     voters: BTreeSet<ReplicaId>,
     is_joint: bool,
 }
@@ -37,6 +38,7 @@ impl World {
             start: Instant::now(),
             voters: assignment.voters().collect(),
             is_joint: false,
+            leaving: BTreeSet::new(),
             assignment,
         }
     }
@@ -64,6 +66,7 @@ impl World {
             me: data(1),
             epoch: progress.epoch,
             assignment: &self.assignment,
+            leaving: &self.leaving,
             voters: &self.voters,
             is_joint: self.is_joint,
             last: Some(LogIndex(last)),
@@ -376,4 +379,86 @@ async fn a_replica_that_does_not_vote_is_not_in_sync() {
         assert_eq!(brokers, expected, "{voters:?} joint {is_joint}");
         known = Some(seen);
     }
+}
+
+/// Goal: while replicas are moved the copies that leave count as before as long as they vote, the new ones from when they do,
+/// and a witness that votes binds the leader whatever is assigned. Method: the stages of a move from 1, 2, 3 to 2, 4 with
+/// broker 1 leading: who is in sync, who feeds the witness, what two and three copies have.
+#[test]
+fn copies_that_leave_count_while_they_vote() {
+    type Stage<'a> = (
+        &'a str,
+        &'a [u32],
+        bool,
+        &'a [u32],
+        &'a [u32],
+        [Option<u64>; 3],
+    );
+    let stages: [Stage<'_>; 4] = [
+        (
+            "learns",
+            &[1, 2, 3],
+            false,
+            &[1, 2, 3],
+            &[2, 3, 4],
+            [Some(9), Some(7), Some(5)],
+        ),
+        // the new one may yet be undone, but what it has counts: both majorities decide
+        (
+            "joint",
+            &[1, 2, 3, 4],
+            true,
+            &[1, 2, 3],
+            &[2, 3, 4],
+            [Some(9), Some(8), Some(7)],
+        ),
+        (
+            "votes",
+            &[1, 2, 4],
+            false,
+            &[1, 2, 4],
+            &[2, 4],
+            [Some(9), Some(8), Some(5)],
+        ),
+        (
+            "old ones kept as well",
+            &[1, 2, 3, 4],
+            false,
+            &[1, 2, 4, 3],
+            &[2, 3, 4],
+            [Some(9), Some(8), Some(7)],
+        ),
+    ];
+    let mut world = World::new(assignment(&[2, 4], None));
+    world.leaving = BTreeSet::from([data(1), data(3)]);
+    let seen = |matched| (Some(matched), Some(1), true);
+    let progress = world.progress(Some(9), &[(2, seen(5)), (3, seen(7)), (4, seen(8))]);
+    let now = world.start + Duration::from_secs(1);
+    let mut before = None;
+    for (name, voters, is_joint, in_sync, gate, durable) in stages {
+        world.voters = voters.iter().copied().map(data).collect();
+        world.is_joint = is_joint;
+        let view = world.view(&progress, 9);
+        let observed = InSync::observe(before.as_ref(), &view, LAG, now);
+        assert_eq!(isr(&observed), in_sync, "{name}");
+        let fed: Vec<u32> = observed
+            .gate
+            .iter()
+            .map(|replica| replica.broker().0)
+            .collect();
+        assert_eq!(fed, gate, "{name}");
+        let copies = [1, 2, 3].map(|copies| view.durable_on_at_least(copies).map(|index| index.0));
+        assert_eq!(copies, durable, "{name}");
+        before = Some(observed);
+    }
+    let progress = world.progress(Some(4), &[(2, seen(5)), (3, seen(7)), (4, seen(8))]);
+    let without = world.view(&progress, 9).acknowledgeable(2);
+    assert_eq!(without, Some(LogIndex(7)));
+    world.voters.insert(witness(5));
+    let beside = world.view(&progress, 9).acknowledgeable(2);
+    assert_eq!(
+        beside,
+        Some(LogIndex(4)),
+        "what the leader lacks is not acknowledged"
+    );
 }
