@@ -403,6 +403,14 @@ async fn story(
     }
     report.failovers = Times::of(failovers);
     report.silences = figures::silences(histories.iter().map(|(_, history)| history));
+    if let Some(count) = settings.count {
+        let done = report.deeds.len();
+        if usize::try_from(count).is_ok_and(|count| done < count) {
+            report
+                .gaps
+                .push(format!("{done} of {count} faults were injected"));
+        }
+    }
     report.conclude(settings.faults.iter().map(|wanted| wanted.kind));
     write_files(directory, &histories, &report, &settings.replay())?;
     Ok(report)
