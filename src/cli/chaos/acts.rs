@@ -11,6 +11,7 @@ use logboom::testkit::recorder::{FaultId, Recorder};
 use logboom::types::BrokerId;
 use rand::SeedableRng;
 use rand::rngs::StdRng;
+use rand::seq::SliceRandom;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -26,6 +27,8 @@ const ENDS_WITHIN: Duration = Duration::from_secs(20);
 const ARMED_FOR: Duration = Duration::from_secs(10);
 /// How often a broker that ended by itself is started again in a run.
 const HELPED_MAX: u32 = 2;
+/// Places that are drawn until one is not where the replicas are.
+const DRAWS: u32 = 20;
 /// Between two looks at the cluster.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long what a fault has left in a broker may take to show.
@@ -292,7 +295,7 @@ impl<'a> Run<'a> {
                 seed,
             } => self.bitrot(broker, flips, seed).await?,
             Fault::Transfer { .. } => self.transfer().await?,
-            Fault::Reassign { .. } => (false, "replicas cannot be moved".to_owned()),
+            Fault::Reassign { partition, seed } => self.reassign(partition, seed).await?,
         };
         let (began_ns, ids) = began;
         let mut ended_ns = began_ns;
@@ -559,6 +562,49 @@ impl<'a> Run<'a> {
             tokio::time::sleep(LOOK).await;
         }
         Ok((false, "there was nothing to hand back".to_owned()))
+    }
+
+    /// Moves a partition to other brokers, or to the same ones with another preferred leader where there are no others.
+    async fn reassign(&mut self, partition: u32, seed: u64) -> Came {
+        let look = self.looks.iter().find(|look| look.number == partition);
+        let Some(before) = look.map(|look| look.replicas.clone()) else {
+            return Ok((false, "nobody answers for the partition".to_owned()));
+        };
+        let mut chance = StdRng::seed_from_u64(seed);
+        let mut wanted = before.clone();
+        for _ in 0..DRAWS {
+            wanted = self.field.ids();
+            wanted.shuffle(&mut chance);
+            wanted.truncate(before.len());
+            if wanted != before {
+                break;
+            }
+        }
+        let note = format!("from {before:?} to {wanted:?}");
+        let deadline = Instant::now() + WHOLE_WITHIN;
+        loop {
+            self.tend()?;
+            // Asked for again, it changes nothing; so an answer that got lost does no harm.
+            let asked = self.ground.reassign(partition, &wanted).await;
+            let moved = self.looks_until(|looks| {
+                let now = looks.iter().find(|look| look.number == partition);
+                now.is_some_and(|look| look.is_whole() && look.replicas == wanted)
+            });
+            if moved.await {
+                return Ok((wanted != before, note));
+            }
+            if self.stop.is_cancelled() {
+                return Ok((false, format!("{note}: interrupted")));
+            }
+            if Instant::now() >= deadline {
+                let within = WHOLE_WITHIN.as_secs();
+                let said = asked.map_or_else(|error| format!(": {error:#}"), |()| String::new());
+                let name = self.ground.name_of(partition);
+                let text = format!("{name} was not moved {note} within {within} s{said}");
+                self.problems.push(text);
+                return Ok((false, note));
+            }
+        }
     }
 
     async fn looks_until(&self, is_so: impl Fn(&[Look]) -> bool) -> bool {

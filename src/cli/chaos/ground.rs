@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context;
 use logboom::client::{Client, ClientConfig, NewTopic};
 use logboom::testkit::recorder::Recorder;
-use logboom::types::BrokerId;
+use logboom::types::{BrokerId, PartitionId, TopicName, TopicPartition};
 
 /// Partitions of each topic.
 pub(super) const PARTITIONS: u32 = 2;
@@ -40,13 +40,15 @@ pub(super) struct Look {
     /// The preferred leader first.
     pub(super) replicas: Vec<u32>,
     pub(super) isr: Vec<u32>,
+    /// Replicas are being moved.
+    pub(super) moving: bool,
     /// Offset the next record gets, as far as anybody answers for it.
     pub(super) end: Option<u64>,
 }
 
 impl Look {
     pub(super) fn is_whole(&self) -> bool {
-        self.leader.is_some() && self.isr.len() == self.replicas.len()
+        self.leader.is_some() && self.isr.len() == self.replicas.len() && !self.moving
     }
 }
 
@@ -123,6 +125,7 @@ impl Ground {
                     epoch: partition.epoch.0,
                     replicas: ids(partition.replicas.iter().map(|replica| replica.broker)),
                     isr: ids(partition.isr.iter().copied()),
+                    moving: partition.reassigning,
                     end: partition.end_offset.map(|offset| offset.0),
                 };
                 if let Some(leader) = look.leader {
@@ -164,6 +167,20 @@ impl Ground {
             broken.replicas,
             broken.isr
         ))
+    }
+
+    /// Moves the replicas of a partition to these brokers; an error is the cluster's refusal, or nobody answers.
+    pub(super) async fn reassign(&self, number: u32, replicas: &[u32]) -> anyhow::Result<()> {
+        let topic = usize::try_from(number / PARTITIONS).ok();
+        let topic = topic.and_then(|at| self.topics.get(at));
+        let name = topic.with_context(|| format!("there is no partition {number}"))?;
+        let partition = TopicPartition {
+            topic: TopicName::new(&name.name)?,
+            partition: PartitionId(number % PARTITIONS),
+        };
+        let replicas = replicas.iter().copied().map(BrokerId).collect();
+        self.onlooker.admin().reassign(partition, replicas).await?;
+        Ok(())
     }
 
     /// A partition's name for people.

@@ -130,11 +130,6 @@ impl Settings {
             if kind.needs_fault_disk() && !fault_disks {
                 return Some("needs Linux with glibc on 64 bits".to_owned());
             }
-            if kind == Kind::Reassign {
-                return Some(
-                    "is not possible: the replicas of a partition stay where they are".to_owned(),
-                );
-            }
             if brokers < kind.brokers_min() {
                 return Some(format!("needs at least {} brokers", kind.brokers_min()));
             }
@@ -408,6 +403,14 @@ async fn story(
     }
     report.failovers = Times::of(failovers);
     report.silences = figures::silences(histories.iter().map(|(_, history)| history));
+    if let Some(count) = settings.count {
+        let done = report.deeds.len();
+        if usize::try_from(count).is_ok_and(|count| done < count) {
+            report
+                .gaps
+                .push(format!("{done} of {count} faults were injected"));
+        }
+    }
     report.conclude(settings.faults.iter().map(|wanted| wanted.kind));
     write_files(directory, &histories, &report, &settings.replay())?;
     Ok(report)

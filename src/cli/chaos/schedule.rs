@@ -64,8 +64,8 @@ impl Kind {
     /// With fewer brokers there is nobody to be cut off from, to lead instead, or to copy from.
     pub(super) fn brokers_min(self) -> u32 {
         match self {
-            Self::Partition | Self::Transfer => 2,
-            Self::Bitrot | Self::Reassign => 3,
+            Self::Partition | Self::Transfer | Self::Reassign => 2,
+            Self::Bitrot => 3,
             _ => 1,
         }
     }
