@@ -52,8 +52,10 @@ struct Since;
 
 impl FormatTime for Since {
     fn format_time(&self, writer: &mut Writer<'_>) -> std::fmt::Result {
-        let since = turmoil::sim_elapsed().unwrap_or_default();
-        write!(writer, "{:>10.6}", since.as_secs_f64())
+        match world::since() {
+            Some(since) => write!(writer, "{:>10.6}", since.as_secs_f64()),
+            None => writer.write_str("    driver"),
+        }
     }
 }
 
@@ -268,6 +270,13 @@ async fn suite() -> bool {
     );
     for (name, value) in &figures {
         println!("  {name} {value}");
+    }
+    if std::env::var("FAULTS").is_err() {
+        let missing = nemesis::coverage(&figures, count);
+        for what in &missing {
+            println!("too little: {what}");
+        }
+        good &= missing.is_empty();
     }
     if !failed.is_empty() {
         println!("failed: {failed:?}");
