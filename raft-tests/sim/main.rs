@@ -210,7 +210,9 @@ async fn zoo(seeds_max: u64) -> bool {
         while let Some(ended) = runs.next().await {
             tried += 1;
             if !ended.passed {
-                let why = ended.text.lines().find(|line| line.starts_with("WRONG "));
+                // A panic that nobody catches ends the run before it can say what is wrong.
+                let said = |line: &&str| line.starts_with("WRONG ") || line.contains("panicked at");
+                let why = ended.text.lines().find(said);
                 how = Some((ended.seed, why.unwrap_or("no reason given").to_owned()));
                 break;
             }
