@@ -225,7 +225,9 @@ impl Nemesis {
         if now >= self.next && now < self.end {
             let every = u64::try_from(world.plan.fault_every.as_millis()).unwrap_or(u64::MAX);
             self.next = now + self.within(every / 4, every * 2);
-            let kind = self.draw();
+            // A copy that was kept is there to be put back.
+            let again = !self.copies.is_empty() && self.rng.random_bool(0.5);
+            let kind = if again { Kind::TakeData } else { self.draw() };
             self.begin(world, kind);
         }
         wrong
