@@ -52,8 +52,10 @@ struct Since;
 
 impl FormatTime for Since {
     fn format_time(&self, writer: &mut Writer<'_>) -> std::fmt::Result {
-        let since = turmoil::sim_elapsed().unwrap_or_default();
-        write!(writer, "{:>10.6}", since.as_secs_f64())
+        match world::since() {
+            Some(since) => write!(writer, "{:>10.6}", since.as_secs_f64()),
+            None => writer.write_str("    driver"),
+        }
     }
 }
 
@@ -217,7 +219,9 @@ async fn zoo(seeds_max: u64) -> bool {
         while let Some(ended) = runs.next().await {
             tried += 1;
             if !ended.passed {
-                let why = ended.text.lines().find(|line| line.starts_with("WRONG "));
+                // A panic that nobody catches ends the run before it can say what is wrong.
+                let said = |line: &&str| line.starts_with("WRONG ") || line.contains("panicked at");
+                let why = ended.text.lines().find(said);
                 how = Some((ended.seed, why.unwrap_or("no reason given").to_owned()));
                 break;
             }
@@ -277,6 +281,13 @@ async fn suite() -> bool {
     );
     for (name, value) in &figures {
         println!("  {name} {value}");
+    }
+    if std::env::var("FAULTS").is_err() {
+        let missing = nemesis::coverage(&figures, count);
+        for what in &missing {
+            println!("too little: {what}");
+        }
+        good &= missing.is_empty();
     }
     if !failed.is_empty() {
         println!("failed: {failed:?}");

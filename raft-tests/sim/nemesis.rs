@@ -77,6 +77,22 @@ pub enum Kind {
     TakeData,
 }
 
+/// What must have been done in a campaign of so many seeds, or it proves less than it says.
+pub fn coverage(figures: &BTreeMap<String, u64>, seeds: u64) -> Vec<String> {
+    let done = |name: &str| figures.get(&format!("fault.{name}")).copied().unwrap_or(0);
+    let kinds = KINDS
+        .iter()
+        .map(|(kind, _)| kind.name())
+        .filter(|name| *name != Kind::TakeData.name());
+    let often = kinds.map(|name| (name, seeds / 20));
+    let rarely = ["wipe", "olddir", "bitrot"].map(|name| (name, seeds / 100));
+    often
+        .chain(rarely)
+        .filter(|(name, least)| done(name) < *least)
+        .map(|(name, least)| format!("{name}: {} times, at least {least} are wanted", done(name)))
+        .collect()
+}
+
 impl Kind {
     pub fn name(self) -> &'static str {
         match self {
@@ -213,7 +229,9 @@ impl Nemesis {
         if now >= self.next && now < self.end {
             let every = u64::try_from(world.plan.fault_every.as_millis()).unwrap_or(u64::MAX);
             self.next = now + self.within(every / 4, every * 2);
-            let kind = self.draw();
+            // A copy that was kept is there to be put back.
+            let again = !self.copies.is_empty() && self.rng.random_bool(0.5);
+            let kind = if again { Kind::TakeData } else { self.draw() };
             self.begin(world, kind);
         }
         wrong
@@ -522,7 +540,7 @@ impl Nemesis {
             world.power_off(at, 0, false);
             world.set_disk(at, copy);
             let name = world.nodes[at].name.clone();
-            self.instant(world, "old_copy", &name);
+            self.instant(world, "olddir", &name);
             self.restart_later(world, at);
             return;
         }
@@ -545,7 +563,7 @@ impl Nemesis {
                 let (file, length) = &files[self.rng.random_range(0..files.len())];
                 if *length > 0 {
                     disk.flip(file, self.rng.random_range(0..length * 8));
-                    self.instant(world, "bit_flip", &format!("{name} {file}"));
+                    self.instant(world, "bitrot", &format!("{name} {file}"));
                 }
                 self.restart_later(world, at);
             }

@@ -108,6 +108,12 @@ pub struct World {
     clock: Arc<AtomicU64>,
 }
 
+/// The simulated time, for who is in a host's turn: outside of it turmoil would ask the machine's clock.
+pub fn since() -> Option<Duration> {
+    tokio::runtime::Handle::try_current().ok()?;
+    turmoil::sim_elapsed()
+}
+
 async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
     let (config, disk, stop) = {
         let mut cell = cell.borrow_mut();
@@ -163,7 +169,7 @@ impl World {
             let clock = clock.clone();
             Recorder::bounded(
                 Arc::new(move || {
-                    let here = turmoil::sim_elapsed().map(|since| u64::try_from(since.as_nanos()));
+                    let here = since().map(|since| u64::try_from(since.as_nanos()));
                     here.and_then(Result::ok)
                         .unwrap_or_else(|| clock.load(Ordering::Relaxed))
                 }),

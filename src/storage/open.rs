@@ -336,7 +336,7 @@ impl Opener<'_> {
 fn write_again(file: &dyn DiskFile, mut from: u64, to: u64) -> io::Result<()> {
     const PIECE: u64 = 1 << 20;
     #[cfg(feature = "sim")]
-    if crate::runtime::sim::makes(crate::runtime::sim::Bug::TailTrusted) {
+    if runtime::sim::makes(runtime::sim::Bug::TailTrusted) {
         return Ok(());
     }
     while from < to {
