@@ -13,7 +13,7 @@ use crate::world::World;
 type Place = (String, u32);
 
 /// For how long a witness may have what a follower that has just come into sync still waits for.
-const WITNESS_FIRST_WITHIN: Duration = Duration::from_millis(500);
+const WITNESS_FIRST_WITHIN: Duration = Duration::ZERO;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {

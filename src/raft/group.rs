@@ -30,7 +30,7 @@ use super::type_config::{Command, LogId, Raft, Responder, TypeConfig, Vote, entr
 use super::{GroupStatus, Progress, RaftError, Role};
 use crate::net::PeerState;
 use crate::runtime::Tasks;
-use crate::storage::{GroupStore, LogEntry};
+use crate::storage::{GroupStore, LogEntry, StorageError};
 use crate::types::{EntryId, GroupId, LeaderEpoch, LogIndex, ReplicaId};
 
 /// A membership change that another one cuts across is taken up again this often.
@@ -192,7 +192,7 @@ impl Group {
         self.stop_instance().await;
     }
 
-    /// Notes that the store has failed: nothing will become durable any more, nothing is answered.
+    /// Notes that the store, or this group's part of it, has failed: nothing is voted, acknowledged or answered any more.
     pub(crate) async fn store_failed(&self, reason: &str) {
         self.inner.replica.stop(reason);
         self.stop_instance().await;
@@ -330,14 +330,18 @@ impl Group {
         }
     }
 
-    /// The entries from `from` (see [`GroupStore::read`]).
+    /// The entries from `from` (see [`GroupStore::read`]). Damage stops the replica: it must not lead with a log it cannot show.
     pub async fn read(
         &self,
         from: LogIndex,
         max_entries: usize,
         max_bytes: usize,
     ) -> Result<Vec<LogEntry>, RaftError> {
-        Ok(self.store().read(from, max_entries, max_bytes).await?)
+        let read = self.store().read(from, max_entries, max_bytes).await;
+        if let Err(error @ StorageError::Damaged { .. }) = &read {
+            self.store_failed(&error.to_string()).await;
+        }
+        Ok(read?)
     }
 
     /// The group's store, for its state machine's index blocks.

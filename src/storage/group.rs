@@ -44,6 +44,8 @@ pub(super) struct Kept {
 #[derive(Debug)]
 pub(super) struct Log {
     pub(super) removed: bool,
+    /// What was found to be missing or wrong below the durable watermark: the log takes and gives nothing any more.
+    pub(super) damaged: Option<String>,
     pub(super) replica: ReplicaId,
     pub(super) vote: Option<Bytes>,
     pub(super) purged: Option<EntryId>,
@@ -101,6 +103,7 @@ impl Log {
     pub(super) fn new(replica: ReplicaId) -> Self {
         Self {
             removed: false,
+            damaged: None,
             replica,
             vote: None,
             purged: None,

@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::future::Future;
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
@@ -31,6 +32,8 @@ use crate::types::{BrokerId, ClusterId, EntryId, GroupId, LogIndex, ReplicaId};
 const ROOM_AGE: Duration = Duration::from_secs(1);
 /// Longest vote, in bytes.
 const VOTE_MAX: usize = 1024;
+/// What the system says of a sector that cannot be read.
+const EIO: i32 = 5;
 /// How often a read starts over because the log moved under it.
 const READ_ATTEMPTS: u32 = 4;
 
@@ -193,7 +196,13 @@ impl Store {
             new
         };
         drop(groups);
-        let owner = found.lock().replica;
+        let (owner, damaged) = {
+            let log = found.lock();
+            (log.replica, log.damaged.clone())
+        };
+        if let Some(what) = damaged {
+            return Err(self.core.damaged(what));
+        }
         if owner != replica {
             return Err(StorageError::Foreign {
                 directory: self.core.config.directory.clone(),
@@ -291,6 +300,11 @@ impl Store {
     }
 }
 
+/// Whether a failed read of the journal means that bytes are gone.
+fn is_lost(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(EIO)
+}
+
 fn waiter() -> (Done, oneshot::Receiver<()>) {
     let (sender, receiver) = oneshot::channel();
     // Who no longer waits has gone away; nothing to do about it.
@@ -330,7 +344,18 @@ impl GroupStore {
             let what = format!("group {} was removed", self.group.id);
             return Err(StorageError::Failed { what });
         }
-        Ok(log)
+        match &log.damaged {
+            Some(what) => Err(self.core.damaged(what.clone())),
+            None => Ok(log),
+        }
+    }
+
+    /// Notes damage for good: who has lost something durable must not vote or acknowledge as if it had it.
+    fn quarantine(&self, what: String) -> StorageError {
+        let mut log = self.group.lock();
+        let first = log.damaged.get_or_insert(what).clone();
+        drop(log);
+        self.core.damaged(first)
     }
 
     fn catalog(&self) -> Result<Arc<dyn Catalog>, StorageError> {
@@ -558,15 +583,26 @@ impl GroupStore {
                     )
                 }
                 Ok(Err(what)) => what,
-                Err(error) => format!("entry {from} of group {}: {error}", self.group.id),
+                Err(error) => {
+                    let what = format!("entry {from} of group {}: {error}", self.group.id);
+                    // Want of file descriptors or memory says nothing about the bytes.
+                    if !is_lost(&error) {
+                        return Err(StorageError::Failed { what });
+                    }
+                    what
+                }
             };
             // A purge, a truncation or a segment written anew may have moved the log under the read.
             let moved = {
                 let log = self.open()?;
                 log.first != first || log.next < next
             };
-            if attempt >= READ_ATTEMPTS || !moved && attempt > 1 {
-                return Err(self.core.damaged(what));
+            if !moved && attempt > 1 {
+                return Err(self.quarantine(what));
+            }
+            if attempt >= READ_ATTEMPTS {
+                let what = format!("the log moved under every read: {what}");
+                return Err(StorageError::Failed { what });
             }
         }
     }
@@ -648,7 +684,7 @@ impl GroupStore {
             let places = places.map_err(|error| self.broken(&error))?;
             match places.get(&index) {
                 Some(place) => Ok(Some(id(index, place))),
-                None => Err(self.core.damaged(format!(
+                None => Err(self.quarantine(format!(
                     "the place of entry {index} of group {} is lost",
                     self.group.id
                 ))),
