@@ -272,15 +272,21 @@ impl Ring {
             .map(|slot| slot.load.leaders)
             .min()
             .unwrap_or(0);
-        let mut leaders: Vec<(usize, BrokerId)> = self
+        // Where all get a replica, those that have many lead first: the others get one more when they lead alone.
+        let is_everywhere = usize::try_from(replication_factor) == Ok(self.slots.len());
+        let mut leaders: Vec<(Reverse<u32>, usize, BrokerId)> = self
             .slots
             .iter()
             .filter(|(_, slot)| slot.load.leaders == fewest)
-            .map(|(broker, slot)| (self.distance(self.next, slot), *broker))
+            .map(|(broker, slot)| {
+                let steps = self.distance(self.next, slot);
+                let have = if is_everywhere { slot.load.replicas } else { 0 };
+                (Reverse(have), steps, *broker)
+            })
             .collect();
         leaders.sort_unstable();
         let mut best: Option<(u32, Vec<BrokerId>)> = None;
-        for (_, leader) in leaders.into_iter().take(LEADERS_TRIED_MAX) {
+        for (_, _, leader) in leaders.into_iter().take(LEADERS_TRIED_MAX) {
             let replicas = self.with_followers(leader, replication_factor);
             let spread = self.spread_with(&replicas);
             if spread <= 1 {
