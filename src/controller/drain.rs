@@ -53,11 +53,15 @@ pub fn plan_drain(
         let dead = record.adding_brokers();
         let dead = dead.into_iter().filter(|id| !image.is_alive(*id));
         let dead: Vec<BrokerId> = dead.filter(|_| record.reassignment.is_some()).collect();
-        if !is_destined && dead.is_empty() {
+        let destined = record.destination();
+        let is_witness_dead =
+            record.reassignment.is_some() && destined.witness.is_some_and(|id| !image.is_alive(id));
+        if !is_destined && dead.is_empty() && !is_witness_dead {
             continue; // on its way
         }
         let is_moving = usize::from(record.reassignment.is_some());
         match without(image, &loads, record, broker, &dead) {
+            Ok(target) if target == destined => {} // nowhere better to go
             Ok(target) if room + is_moving > 0 => {
                 room = (room + is_moving).saturating_sub(1);
                 loads.add(&target);
@@ -192,6 +196,29 @@ mod tests {
         assert_eq!(next(), Some(BrokerId(5)));
         let plan = plan_drain(&cluster.image, BrokerId(1), 1).unwrap();
         assert_eq!((plan.moves.len(), plan.stuck.len()), (0, 1));
+    }
+
+    /// Goal: a witness on its way to a broker that has died since goes elsewhere, and stays where it is planned when there is no
+    /// other place. Method: the witness's broker is emptied, the ones chosen die one after the other.
+    #[test]
+    fn a_dead_heir_of_a_witness_is_replaced() {
+        let mut cluster = Cluster::of(5);
+        cluster.create("t", &[(&[1, 2], Some(3))]);
+        let mut chosen = Vec::new();
+        for _ in 0..2 {
+            let plan = plan_drain(&cluster.image, BrokerId(3), 1).unwrap();
+            let (partition, target) = plan.moves.first().cloned().unwrap();
+            let heir = target.witness.unwrap();
+            chosen.push(heir.0);
+            cluster
+                .apply(Command::ReassignPartition { partition, target })
+                .unwrap();
+            cluster.set_alive(heir.0, false);
+        }
+        chosen.sort_unstable();
+        assert_eq!(chosen, [4, 5]);
+        let plan = plan_drain(&cluster.image, BrokerId(3), 1).unwrap();
+        assert_eq!((plan.moves.len(), plan.remaining), (0, 1), "{plan:?}");
     }
 
     /// Goal: what has nowhere to go stays, and is named with the reason; a dead broker gets nothing; an unknown one cannot be
