@@ -155,6 +155,11 @@ pub enum Request {
         /// Which topics; all when `None`.
         topics: Option<Vec<TopicName>>,
     },
+    /// What brokers have counted since they were started.
+    BrokerFigures {
+        /// Of every broker that can be reached, or of the asked one alone.
+        everywhere: bool,
+    },
 }
 
 /// What the leader of a partition reports to the controller.
@@ -287,6 +292,19 @@ pub struct BrokerView {
     pub replicas: u32,
 }
 
+/// What a broker has counted since it was started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BrokerFigures {
+    /// The broker.
+    pub broker: BrokerId,
+    /// How often its journal was flushed, each time with one `fdatasync`.
+    pub flushes: u64,
+    /// Log entries of all its replicas in these flushes.
+    pub flushed_entries: u64,
+    /// Bytes in these flushes.
+    pub flushed_bytes: u64,
+}
+
 /// How far a broker is emptied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DrainView {
@@ -396,6 +414,8 @@ pub enum Response {
     Moved,
     /// To [`Request::DescribeLed`]: the asked broker's own partitions.
     Led(Vec<(TopicPartition, PartitionView)>),
+    /// To [`Request::BrokerFigures`], in the order of the brokers.
+    Figures(Vec<BrokerFigures>),
 }
 
 /// A request on its way.

@@ -17,7 +17,7 @@ use crate::partition::Partition;
 use crate::raft::RaftError;
 use crate::types::{BrokerId, Endpoint, Error, Incarnation, ReplicaId, TopicName, TopicPartition};
 
-use describe::{describe, status};
+use describe::{describe, figures, status};
 
 use super::reconciler::{Reconciler, ReconcilerPorts};
 use super::{BrokerContext, PEER_TIMEOUT, controller_replica, founding};
@@ -170,6 +170,9 @@ impl BrokerService {
                 Request::ClusterStatus => Ok(Response::Status(status(&context, &reconciler).await)),
                 Request::DescribeLed { topics } => {
                     Ok(Response::Led(reconciler.views(topics.as_deref())))
+                }
+                Request::BrokerFigures { everywhere } => {
+                    Ok(Response::Figures(figures(&context, everywhere).await))
                 }
                 Request::AdoptCluster { cluster } => founding::adopt_cluster(
                     &context.store,

@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Client, unexpected};
-use crate::api::{ClusterView, DrainView, Request, Response, TopicRoute, TopicView};
+use crate::api::{BrokerFigures, ClusterView, DrainView, Request, Response, TopicRoute, TopicView};
 use crate::types::{BrokerId, Error, Offset, TopicName, TopicPartition};
 
 /// A topic to be created.
@@ -171,6 +171,15 @@ impl Admin {
     pub async fn cluster_status(&self) -> Result<ClusterView, Error> {
         match self.client.request(Request::ClusterStatus).await? {
             Response::Status(view) => Ok(view),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// What the brokers that can be reached have counted since they were started, in the order of the brokers.
+    pub async fn broker_figures(&self) -> Result<Vec<BrokerFigures>, Error> {
+        let request = Request::BrokerFigures { everywhere: true };
+        match self.client.request(request).await? {
+            Response::Figures(figures) => Ok(figures),
             other => Err(unexpected(&other)),
         }
     }

@@ -29,7 +29,8 @@ impl Repeat {
             | Request::Metadata { .. }
             | Request::DescribeTopics { .. }
             | Request::ClusterStatus
-            | Request::DescribeLed { .. } => Self::Read,
+            | Request::DescribeLed { .. }
+            | Request::BrokerFigures { .. } => Self::Read,
             Request::Trim { .. }
             | Request::ElectLeaders
             | Request::InitProducer

@@ -359,6 +359,7 @@ impl Committer {
         let mut done = Vec::with_capacity(batch.len());
         buffer.clear();
         let mut start = batch.first().map_or(0, |ticket| ticket.position);
+        let mut entries = 0;
         for ticket in batch {
             let here = start + buffer.len() as u64;
             assert!(
@@ -399,6 +400,7 @@ impl Committer {
                             self.chains.insert(frame.group, head.crc);
                         }
                         let entry = frame.kind.is_entry();
+                        entries += u64::from(entry);
                         let payload = if entry { Bytes::new() } else { frame.payload };
                         facts.push(Fact::Frame(head, payload));
                     }
@@ -407,6 +409,9 @@ impl Committer {
             done.push((ticket.group, ticket.done));
         }
         self.flush(buffer, start).await?;
+        self.core
+            .flushed_entries
+            .fetch_add(entries, Ordering::Relaxed);
         Ok((facts, done))
     }
 
@@ -415,6 +420,10 @@ impl Committer {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.core.flushes.fetch_add(1, Ordering::Relaxed);
+        self.core
+            .flushed_bytes
+            .fetch_add(bytes.len() as u64, Ordering::Relaxed);
         let offset = start - self.segment;
         let end = offset + bytes.len() as u64;
         if end > self.allocated {

@@ -37,6 +37,10 @@ pub(super) struct Core {
     pub(super) catalog_queue: CatalogQueue,
     /// Journal bytes known durable.
     pub(super) durable: AtomicU64,
+    /// Flushes of the journal since it was opened, and the entries and bytes that were in them.
+    pub(super) flushes: AtomicU64,
+    pub(super) flushed_entries: AtomicU64,
+    pub(super) flushed_bytes: AtomicU64,
     /// Journal bytes that the catalog covers.
     pub(super) cataloged: AtomicU64,
     /// Where the first segment begins.

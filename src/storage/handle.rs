@@ -22,7 +22,7 @@ use super::frame::{FRAME_HEADER, Frame, Kind, PAYLOAD_MAX, entry_code};
 use super::group::{Group, Kept, Log, Source, id};
 use super::ledger::{self, Place};
 use super::{
-    Checkpoint, DirectoryIdentity, Flushed, LogEntry, LogState, StorageError, StoreConfig,
+    Checkpoint, DirectoryIdentity, Flushed, Flushes, LogEntry, LogState, StorageError, StoreConfig,
     identity, lock,
 };
 use crate::runtime::spawn_blocking;
@@ -163,6 +163,15 @@ impl Store {
     /// Durable journal bytes written since the directory was created (never falls, whatever has been deleted).
     pub fn position(&self) -> u64 {
         self.core.durable.load(Ordering::Acquire)
+    }
+
+    /// What has been flushed to the journal since the store was opened.
+    pub fn flushes(&self) -> Flushes {
+        Flushes {
+            flushes: self.core.flushes.load(Ordering::Relaxed),
+            entries: self.core.flushed_entries.load(Ordering::Relaxed),
+            bytes: self.core.flushed_bytes.load(Ordering::Relaxed),
+        }
     }
 
     /// Bytes queued and not yet taken to be written. The store fails when they come to 512 MiB: whoever brings more in should

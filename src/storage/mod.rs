@@ -94,6 +94,17 @@ pub struct LogState {
     pub vote: Option<Bytes>,
 }
 
+/// What was flushed to the journal: shows how many entries of all groups share one flush.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Flushes {
+    /// How often the journal was flushed, each time with one `fdatasync`.
+    pub flushes: u64,
+    /// Entries in these flushes.
+    pub entries: u64,
+    /// Bytes in these flushes.
+    pub bytes: u64,
+}
+
 /// Called once, from the committer's thread, when the entries it was given with are durable. Dropped uncalled
 /// when a newer callback of the same group covers it, or when the store has failed.
 pub type Flushed = Box<dyn FnOnce() + Send + 'static>;

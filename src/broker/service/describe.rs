@@ -8,7 +8,8 @@ use futures_util::future::join_all;
 
 use super::await_topic;
 use crate::api::{
-    BrokerView, ClusterView, PartitionView, ReplicaView, Request, Response, TopicView,
+    BrokerFigures, BrokerView, ClusterView, PartitionView, ReplicaView, Request, Response,
+    TopicView,
 };
 use crate::broker::reconciler::Reconciler;
 use crate::broker::{BrokerContext, PEER_TIMEOUT};
@@ -48,14 +49,9 @@ async fn live_views(
     image: &ClusterMetadata,
     topics: Option<&Vec<TopicName>>,
 ) -> BTreeMap<TopicPartition, PartitionView> {
-    let peers: Vec<BrokerId> = image
-        .endpoints()
-        .map(|endpoint| endpoint.broker)
-        .filter(|broker| context.net.peer_state(*broker) == PeerState::Up)
-        .collect();
-    let asked = peers.iter().map(|peer| {
+    let asked = peers_up(context, image).into_iter().map(|peer| {
         context.ask_peer(
-            *peer,
+            peer,
             Request::DescribeLed {
                 topics: topics.cloned(),
             },
@@ -78,6 +74,37 @@ async fn live_views(
         }
     }
     live
+}
+
+fn peers_up(context: &BrokerContext, image: &ClusterMetadata) -> Vec<BrokerId> {
+    let known = image.endpoints().map(|endpoint| endpoint.broker);
+    known
+        .filter(|broker| context.net.peer_state(*broker) == PeerState::Up)
+        .collect()
+}
+
+/// What this broker has counted, and, `everywhere`, the others that answer.
+pub(super) async fn figures(context: &BrokerContext, everywhere: bool) -> Vec<BrokerFigures> {
+    let flushed = context.store.flushes();
+    let mut found = vec![BrokerFigures {
+        broker: context.id,
+        flushes: flushed.flushes,
+        flushed_entries: flushed.entries,
+        flushed_bytes: flushed.bytes,
+    }];
+    if everywhere {
+        let image = context.controller.metadata().borrow().clone();
+        let request = || Request::BrokerFigures { everywhere: false };
+        let peers = peers_up(context, &image).into_iter();
+        let asked = peers.map(|peer| context.ask_peer(peer, request(), PEER_TIMEOUT));
+        for answer in join_all(asked).await {
+            if let Ok(Response::Figures(figures)) = answer {
+                found.extend(figures);
+            }
+        }
+        found.sort_by_key(|figures| figures.broker);
+    }
+    found
 }
 
 fn described(
