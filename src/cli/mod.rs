@@ -20,6 +20,8 @@ mod reassign;
 mod records;
 mod serve;
 mod settings;
+#[cfg(feature = "testkit")]
+mod svg;
 mod topics;
 
 use std::fmt;

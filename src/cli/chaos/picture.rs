@@ -7,15 +7,12 @@ use std::fmt::Write as _;
 
 use logboom::testkit::history::{History, Outcome};
 
+use super::super::svg::{Canvas, GAP, LEFT, RIGHT, WIDTH};
 use super::acts::Deed;
 use super::schedule::Kind;
 
-const WIDTH: f64 = 1200.0;
-const LEFT: f64 = 110.0;
-const RIGHT: f64 = 16.0;
 const CHART: f64 = 180.0;
 const LANE: f64 = 20.0;
-const GAP: f64 = 34.0;
 /// Columns of the chart at most: a long run is shown in wider steps than a second.
 const COLUMNS_MAX: u64 = 540;
 /// Distinguishable side by side, also without colours red and green.
@@ -27,21 +24,6 @@ const DONE: &str = "#4c9f70";
 const REFUSED: &str = "#e69f00";
 const UNKNOWN: &str = "#c1121f";
 
-/// Text as it stands in XML.
-pub(super) fn escaped(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '<' => out.push_str("&lt;"),
-            '>' => out.push_str("&gt;"),
-            '&' => out.push_str("&amp;"),
-            '"' => out.push_str("&quot;"),
-            other => out.push(other),
-        }
-    }
-    out
-}
-
 #[allow(clippy::cast_precision_loss)] // for the screen
 fn seconds(ns: u64) -> f64 {
     ns as f64 / 1e9
@@ -52,57 +34,15 @@ fn number(count: u64) -> f64 {
     count as f64
 }
 
-/// The drawing so far.
-struct Canvas {
-    body: String,
-    /// Pixels a second.
-    scale: f64,
-    y: f64,
+/// Where a moment of the run lies.
+#[derive(Clone, Copy)]
+struct Scale {
+    pixels_a_second: f64,
 }
 
-impl Canvas {
-    fn x(&self, ns: u64) -> f64 {
-        LEFT + seconds(ns) * self.scale
-    }
-
-    fn push(&mut self, element: &str) {
-        self.body.push_str(element);
-        self.body.push('\n');
-    }
-
-    fn text(&mut self, x: f64, y: f64, anchor: &str, text: &str) {
-        let text = escaped(text);
-        self.push(&format!(
-            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\">{text}</text>"
-        ));
-    }
-
-    fn bar(&mut self, (x, y): (f64, f64), (width, height): (f64, f64), fill: &str, title: &str) {
-        let title = escaped(title);
-        self.push(&format!(
-            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" fill=\"{fill}\"><title>{title}</title></rect>"
-        ));
-    }
-
-    fn heading(&mut self, text: &str) {
-        self.y += GAP;
-        let y = self.y - 10.0;
-        let text = escaped(text);
-        self.push(&format!(
-            "<text x=\"{LEFT}\" y=\"{y:.1}\" font-weight=\"bold\">{text}</text>"
-        ));
-    }
-
-    /// What a colour means, at the right of the heading just written.
-    fn key(&mut self, entries: &[(&str, &str)]) {
-        let y = self.y - 10.0;
-        let mut x = WIDTH - RIGHT;
-        for (name, colour) in entries.iter().rev() {
-            self.text(x, y, "end", name);
-            x -= 7.0 * number(name.chars().count() as u64) + 16.0;
-            self.bar((x, y - 10.0), (11.0, 11.0), colour, name);
-            x -= 14.0;
-        }
+impl Scale {
+    fn x(self, ns: u64) -> f64 {
+        LEFT + seconds(ns) * self.pixels_a_second
     }
 }
 
@@ -114,26 +54,21 @@ pub(super) fn draw(histories: &[(String, History)], deeds: &[Deed]) -> String {
     let ends = operations.map(|one| one.completed_ns.unwrap_or(one.invoked_ns));
     let ends = ends.chain(deeds.iter().map(|deed| deed.ended_ns));
     let end = ends.max().unwrap_or(0).max(1_000_000_000);
-    let mut canvas = Canvas {
-        body: String::new(),
-        scale: (WIDTH - LEFT - RIGHT) / seconds(end),
-        y: 0.0,
+    let mut canvas = Canvas::default();
+    let scale = Scale {
+        pixels_a_second: (WIDTH - LEFT - RIGHT) / seconds(end),
     };
-    chart(&mut canvas, histories, end);
-    faults(&mut canvas, deeds);
+    chart(&mut canvas, scale, histories, end);
+    faults(&mut canvas, scale, deeds);
     for (name, history) in histories {
-        leaders(&mut canvas, name, history, end);
+        leaders(&mut canvas, scale, (name, history), end);
     }
-    axis(&mut canvas, end);
-    let height = canvas.y + 10.0;
-    format!(
-        "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" width=\"{WIDTH}\" height=\"{height:.0}\" font-family=\"sans-serif\" font-size=\"12\" fill=\"#1f2328\">\n<rect width=\"{WIDTH}\" height=\"{height:.0}\" fill=\"#ffffff\"/>\n{}</svg>\n",
-        canvas.body
-    )
+    axis(&mut canvas, scale, end);
+    canvas.finish()
 }
 
 /// Operations by the time of their answer, in columns.
-fn chart(canvas: &mut Canvas, histories: &[(String, History)], end: u64) {
+fn chart(canvas: &mut Canvas, scale: Scale, histories: &[(String, History)], end: u64) {
     let column_ns = (end / COLUMNS_MAX).max(1_000_000_000);
     let mut columns: BTreeMap<u64, [u64; 3]> = BTreeMap::new();
     for operation in histories
@@ -156,7 +91,7 @@ fn chart(canvas: &mut Canvas, histories: &[(String, History)], end: u64) {
     canvas.heading("operations a second");
     canvas.key(&[("done", DONE), ("refused", REFUSED), ("unknown", UNKNOWN)]);
     let bottom = canvas.y + CHART;
-    let width = (seconds(column_ns) * canvas.scale - 0.4).max(0.6);
+    let width = (seconds(column_ns) * scale.pixels_a_second - 0.4).max(0.6);
     for (column, counts) in &columns {
         let mut y = bottom;
         for ((count, colour), name) in counts
@@ -171,7 +106,7 @@ fn chart(canvas: &mut Canvas, histories: &[(String, History)], end: u64) {
             let height = (number(*count) / number(highest) * CHART).max(1.5);
             y -= height;
             let title = format!("{count} {name}");
-            let place = (canvas.x(column * column_ns), y);
+            let place = (scale.x(column * column_ns), y);
             let width = width.min(WIDTH - RIGHT - place.0).max(0.6);
             canvas.bar(place, (width, height), colour, &title);
         }
@@ -189,7 +124,7 @@ fn chart(canvas: &mut Canvas, histories: &[(String, History)], end: u64) {
 }
 
 /// A row per kind of fault, a bar per fault.
-fn faults(canvas: &mut Canvas, deeds: &[Deed]) {
+fn faults(canvas: &mut Canvas, scale: Scale, deeds: &[Deed]) {
     canvas.heading("faults");
     for kind in Kind::ALL {
         let mut of_kind = deeds
@@ -201,8 +136,8 @@ fn faults(canvas: &mut Canvas, deeds: &[Deed]) {
         }
         canvas.text(LEFT - 6.0, canvas.y + 14.0, "end", kind.name());
         for deed in of_kind {
-            let from = canvas.x(deed.began_ns);
-            let width = (canvas.x(deed.ended_ns) - from).max(2.0);
+            let from = scale.x(deed.began_ns);
+            let width = (scale.x(deed.ended_ns) - from).max(2.0);
             let all = deed.target.starts_with("all");
             let fill = match (deed.effect, all) {
                 (false, _) => "#d0d7de",
@@ -217,7 +152,7 @@ fn faults(canvas: &mut Canvas, deeds: &[Deed]) {
 }
 
 /// A lane per partition, coloured by who led.
-fn leaders(canvas: &mut Canvas, name: &str, history: &History, end: u64) {
+fn leaders(canvas: &mut Canvas, scale: Scale, (name, history): (&str, &History), end: u64) {
     canvas.heading(&format!("leaders of {name}"));
     let mut seen = history.leaders.clone();
     // A leader of an old epoch may be heard of late.
@@ -249,8 +184,8 @@ fn leaders(canvas: &mut Canvas, name: &str, history: &History, end: u64) {
         );
         let ends = lane.iter().skip(1).map(|(at, _, _)| *at).chain([end]);
         for ((at, epoch, broker), until) in lane.iter().zip(ends) {
-            let from = canvas.x(*at);
-            let width = (canvas.x(until) - from).max(1.0);
+            let from = scale.x(*at);
+            let width = (scale.x(until) - from).max(1.0);
             let title = format!("broker {broker}, epoch {epoch}");
             canvas.bar(
                 (from, canvas.y + 2.0),
@@ -275,7 +210,7 @@ fn colour(broker: u32) -> &'static str {
 }
 
 /// Seconds, about ten of them.
-fn axis(canvas: &mut Canvas, end: u64) {
+fn axis(canvas: &mut Canvas, scale: Scale, end: u64) {
     let step = [1_u64, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1_800, 3_600]
         .into_iter()
         .find(|step| seconds(end) / number(*step) <= 14.0)
@@ -284,7 +219,7 @@ fn axis(canvas: &mut Canvas, end: u64) {
     let mut at = 0;
     let mut lines = String::new();
     while at <= end / 1_000_000_000 {
-        let x = canvas.x(at * 1_000_000_000);
+        let x = scale.x(at * 1_000_000_000);
         writeln!(
             lines,
             "<path d=\"M{x:.1} {top:.1}V{bottom:.1}\" stroke=\"#eaeef2\" fill=\"none\"/>"
@@ -299,7 +234,7 @@ fn axis(canvas: &mut Canvas, end: u64) {
         at += step;
     }
     // Behind everything else.
-    canvas.body.insert_str(0, &lines);
+    canvas.push_behind(&lines);
     canvas.y = bottom + 16.0;
 }
 

@@ -10,9 +10,9 @@ use logboom::testkit::history::History;
 use serde::Serialize;
 
 use super::super::output;
+use super::super::svg::escaped;
 use super::acts::Deed;
 use super::figures::{self, Times};
-use super::picture::escaped;
 use super::schedule::Kind;
 
 /// Entries of the timeline that are printed; a report in HTML has all.
