@@ -3,6 +3,7 @@
 //! Owns the exit codes (0 done, 1 failed, 2 wrong usage; a judgement has more) and the one line on standard error. Nothing but a command's result goes to
 //! standard output.
 
+mod bench;
 #[cfg(feature = "testkit")]
 mod chaos;
 #[cfg(feature = "testkit")]
@@ -20,7 +21,6 @@ mod reassign;
 mod records;
 mod serve;
 mod settings;
-#[cfg(feature = "testkit")]
 mod svg;
 mod topics;
 
@@ -62,6 +62,8 @@ enum Command {
     Consume(records::ConsumeArgs),
     /// Look at the cluster, move leaders
     Cluster(cluster::ClusterArgs),
+    /// Load a cluster, measure it, and read back what it acknowledged
+    Bench(Box<bench::BenchArgs>),
     /// Hurt brokers of its own in every way, and judge what their clients saw: 0 passed, 3 an anomaly, 4 proves nothing
     #[cfg(feature = "testkit")]
     Chaos(Box<chaos::ChaosArgs>),
@@ -174,6 +176,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Produce(args) => records::produce(args).await,
         Command::Consume(args) => records::consume(args).await,
         Command::Cluster(args) => cluster::run(args).await,
+        Command::Bench(args) => Box::pin(bench::run(*args)).await,
         #[cfg(feature = "testkit")]
         Command::Chaos(args) => Box::pin(chaos::run(*args)).await,
         Command::Fsck(args) => fsck(&args),
@@ -352,6 +355,11 @@ mod tests {
             "logboom cluster status --json",
             "logboom cluster elect-leaders",
             "logboom fsck d --json",
+            "logboom bench all",
+            "logboom bench W1 --bootstrap a:1,b:2 --duration 5 --record-size 100 --batch-bytes 1000 --single-records --plot f.svg --json",
+            "logboom bench W2 w3 --brokers 5 --clients 9 --partitions 4 --replication-factor 3 --acks leader --rate 1000 --runs 1 --warmup 0",
+            "logboom bench W4 --kills 20 --data d",
+            "logboom bench W5 --idle-partitions 100,500",
             "logboom check f --json",
             "logboom check f --operations 5 --unknown 1 --leader-changes 1 --fault kill=2 --fault pause=1",
             "logboom --log debug topic list",
@@ -366,6 +374,8 @@ mod tests {
             "logboom produce",
             "logboom topic create t",
             "logboom consume t --from x",
+            "logboom bench",
+            "logboom bench W7",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }

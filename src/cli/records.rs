@@ -34,11 +34,22 @@ pub(super) struct ProduceArgs {
     cluster: ClusterAddress,
 }
 
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum AcksArg {
+/// What `--acks` takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum AcksArg {
     All,
     Leader,
     None,
+}
+
+impl AcksArg {
+    pub(super) fn acks(self) -> Acks {
+        match self {
+            Self::All => Acks::All,
+            Self::Leader => Acks::Leader,
+            Self::None => Acks::None,
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -87,13 +98,8 @@ pub(super) async fn produce(args: ProduceArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let client = args.cluster.connect().await?;
-    let acks = match args.acks {
-        AcksArg::All => Acks::All,
-        AcksArg::Leader => Acks::Leader,
-        AcksArg::None => Acks::None,
-    };
     let config = ProducerConfig {
-        acks,
+        acks: args.acks.acks(),
         ..ProducerConfig::default()
     };
     let producer = Producer::new(&client, &args.topic, config)?;
