@@ -58,7 +58,7 @@ fn positive(object: &Value, names: &[&str]) {
 /// Goal: what cannot be done is refused in one line before anything is started. Method: a table.
 #[tokio::test]
 async fn bench_refuses_what_cannot_be() {
-    let cases: [(&[&str], &[&str]); 14] = [
+    let cases: [(&[&str], &[&str]); 15] = [
         (&[], &["W1|W2|W3|W4|W5|W6|all"]),
         (&["W9"], &["W9"]),
         (&["W1", "--duration", "0"], &["--duration", "1..=600"]),
@@ -89,6 +89,10 @@ async fn bench_refuses_what_cannot_be() {
             &["--min-insync-replicas"],
         ),
         (&["W4", "--acks", "none"], &["--acks none"]),
+        (
+            &["W4", "--min-insync-replicas", "3"],
+            &["--min-insync-replicas: with 3 of 3", "use at most 2"],
+        ),
         (
             &["W4", "--bootstrap", "127.0.0.1:1"],
             &["W4 needs brokers of its own", "leave out --bootstrap"],

@@ -145,10 +145,12 @@ fn finished(
     if job.workload == Workload::W6 {
         notes.push("what is read was written and read once just before, so it comes from memory as far as it fits there".to_owned());
     }
+    let (acks, copies, least) = (job.acks, job.copies, job.min_insync_replicas);
+    let promise = report::promise(acks, copies, least, brokers);
     Report {
         workload: job.workload.name(),
         title: job.title.clone(),
-        promise: report::promise(job.acks, job.copies, job.min_insync_replicas, brokers),
+        promise: (job.workload != Workload::W5).then_some(promise),
         latency: job.latency(),
         settings: job.settings.clone(),
         machine,
@@ -312,6 +314,10 @@ impl Bench<'_> {
         if let Some(timetable) = timetable.filter(|_| is_timed) {
             let behind = timetable.left_behind(window.until);
             figures.put("operations_never_begun", as_figure(behind));
+        }
+        if !is_timed {
+            // It is still under way.
+            outcome.over_time.pop();
         }
         outcome.times = times.unwrap_or(own_times);
         let ledger = load::ledger(&mut recordings, self.job.acks, self.job.clients);

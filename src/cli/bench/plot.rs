@@ -139,7 +139,9 @@ fn over_time(canvas: &mut Canvas, frame: Frame, steps: &[f64]) {
 
 /// One bar for each number of partitions.
 fn bars(canvas: &mut Canvas, frame: Frame, values: &[(String, f64)], name: &str, fill: &str) {
-    let most = values.iter().map(|(_, value)| *value).fold(1e-9, f64::max);
+    let most = values.iter().map(|(_, value)| *value);
+    // Room for the name.
+    let most = most.fold(1e-9, f64::max) * 1.15;
     for part in [0.0, 0.5, 1.0] {
         grid(canvas, frame, part, &format!("{:.1}", most * part));
     }

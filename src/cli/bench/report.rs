@@ -31,8 +31,8 @@ pub(super) struct Report {
     pub(super) workload: &'static str,
     /// What was done, in words.
     pub(super) title: String,
-    /// What an acknowledgement meant.
-    pub(super) promise: String,
+    /// What an acknowledgement meant, where there were any.
+    pub(super) promise: Option<String>,
     /// How latency was measured, where it was.
     pub(super) latency: Option<String>,
     pub(super) settings: Value,
@@ -87,7 +87,9 @@ impl Report {
             self.machine.text()
         );
         let mut line = |line: &str| writeln!(text, "{line}").unwrap_or_default();
-        line(&format!("an acknowledgement meant: {}", self.promise));
+        if let Some(promise) = &self.promise {
+            line(&format!("an acknowledgement meant: {promise}"));
+        }
         if let Some(latency) = &self.latency {
             line(&format!("latency: {latency}"));
         }

@@ -59,7 +59,7 @@ pub(crate) struct BenchArgs {
     /// Copies of each partition [default: 3, or as many as there are brokers]
     #[arg(long, value_name = "R", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=9))]
     replication_factor: Option<u32>,
-    /// Data replicas that must have a record before acks=all [default: 2, or 1 with one copy]
+    /// Data replicas that must have a record before acks=all [default: 2, or 1 with two copies or one]
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(u32).range(1..=9))]
     min_insync_replicas: Option<u32>,
     /// What an acknowledgement means: committed and on min.insync.replicas, committed, nothing
@@ -254,7 +254,9 @@ impl Settings {
                 args.brokers
             ));
         }
-        let least = args.min_insync_replicas.unwrap_or(copies.min(2));
+        let least = args
+            .min_insync_replicas
+            .unwrap_or(if copies > 2 { 2 } else { 1 });
         if least > copies {
             return wrong(format!(
                 "--min-insync-replicas: {least} of {copies} copies cannot be; use at most {copies}"
@@ -271,6 +273,12 @@ impl Settings {
         }
         if workloads.contains(&Workload::W4) && (copies < 2 || args.brokers < 3) {
             return wrong("W4 needs 2 copies and 3 brokers to go on without one of them; see --brokers and --replication-factor".to_owned());
+        }
+        if workloads.contains(&Workload::W4) && args.acks == AcksArg::All && least >= copies {
+            return wrong(format!(
+                "--min-insync-replicas: with {least} of {copies} nothing is acknowledged while a broker is dead, and W4 never ends; use at most {}",
+                copies - 1
+            ));
         }
         if let Some(plot) = &args.plot {
             let parent = plot
