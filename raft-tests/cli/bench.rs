@@ -3,7 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-use anyhow::ensure;
+use anyhow::{Context, ensure};
+use logboom::types::Offset;
 use rustix::process::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -345,4 +346,61 @@ async fn an_interrupted_bench_leaves_nothing_behind() {
     .await;
     let left = fs::read_dir(home.path()).expect("the directory").count();
     assert_eq!(left, 0);
+}
+
+/// Goal: a bench of which an acknowledged record is gone says so and ends with 1. Method: while it loads a cluster of this test, the first five records are
+/// trimmed, which its check cannot tell from a loss.
+#[tokio::test]
+async fn a_missing_record_is_noticed() {
+    let cluster = ProcessCluster::start_brokers(1).await;
+    let bootstrap = cluster.bootstrap().join(",");
+    let words = [
+        "bench",
+        "W3",
+        "--bootstrap",
+        &bootstrap,
+        "--replication-factor",
+        "1",
+        "--json",
+    ];
+    let short = [
+        "--duration",
+        "4",
+        "--warmup",
+        "0",
+        "--runs",
+        "1",
+        "--limits-seconds",
+        "0",
+    ];
+    let child = command(&[&words[..], &short[..]].concat()).spawn();
+    let child = child.unwrap_or_else(|error| panic!("{error}"));
+    let client = cluster.client().await;
+    wait_for("records to trim", WITHIN, async || {
+        let topics = client.admin().list().await?;
+        let topic = topics
+            .into_iter()
+            .find(|topic| topic.name.as_str().starts_with("bench-w3"));
+        let partition = client
+            .topic(topic.context("no topic")?.name.as_str())?
+            .partition(0);
+        let end = partition.end_offset(false).await?;
+        ensure!(end >= Offset(20), "{end}");
+        Ok(partition.trim(Offset(5)).await?)
+    })
+    .await;
+    let said = finish(child, b"").await;
+    assert_eq!(said.code, Some(1), "{said:?}");
+    assert!(
+        said.err.contains("W3: of ") && said.err.contains(" 5 lost"),
+        "{said:?}"
+    );
+    let out = String::from_utf8_lossy(&said.out).into_owned();
+    assert!(out.contains("READ BACK: "), "{out}");
+    let report: Value = serde_json::from_str(out.lines().last().unwrap_or_default())
+        .unwrap_or_else(|error| panic!("{error}: {out}"));
+    assert_eq!(
+        (&report["passed"], &report["lost"]),
+        (&false.into(), &5.into())
+    );
 }

@@ -89,3 +89,43 @@ async fn a_client_cannot_speak_for_a_broker() {
     cluster.shutdown().await;
     tasks.shutdown().await;
 }
+
+/// Goal: what brokers have flushed is told by any of them, for all of them, and grows with what is appended. Method: three brokers with a copy each,
+/// asked before and after twenty appends of two records, one after the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn flushes_are_counted_on_every_broker() {
+    let directory = tempfile::tempdir().unwrap();
+    let cluster = LocalCluster::start(3, directory.path(), |_| {})
+        .await
+        .unwrap();
+    let client = cluster.client().await.unwrap();
+    let topic = crate::client::NewTopic::new("t", 1, 3).with_config("min.insync.replicas", "3");
+    client.admin().create_topic(topic).await.unwrap();
+    cluster.wait_until_in_sync("t").await.unwrap();
+    let before = client.admin().broker_figures().await.unwrap();
+    let partition = client.topic("t").unwrap().partition(0);
+    for _ in 0..20 {
+        let records = [
+            crate::client::Record::new("a"),
+            crate::client::Record::new("b"),
+        ];
+        let appended = partition.append(records, crate::types::Acks::All).await;
+        appended.unwrap();
+    }
+    let after = client.admin().broker_figures().await.unwrap();
+    let brokers: Vec<u32> = after.iter().map(|one| one.broker.0).collect();
+    assert_eq!(brokers, [1, 2, 3]);
+    for (before, after) in before.iter().zip(&after) {
+        // Each waits for the one before, and an entry holds both records of an append.
+        assert!(after.flushes >= before.flushes + 20, "{before:?} {after:?}");
+        assert!(
+            after.flushed_entries >= before.flushed_entries + 20,
+            "{before:?} {after:?}"
+        );
+        assert!(
+            after.flushed_bytes > before.flushed_bytes,
+            "{before:?} {after:?}"
+        );
+    }
+    cluster.shutdown().await;
+}

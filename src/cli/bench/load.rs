@@ -31,8 +31,6 @@ const FAILURES_MAX: u32 = 20;
 const AFTER_FAILURE: Duration = Duration::from_millis(5);
 /// Records of one partition that a producer has sent and that wait to be looked at.
 const DELIVERIES_WAITING: usize = 65_536;
-/// Kinds of errors that are told apart.
-const ERRORS_MAX: usize = 20;
 
 /// How records are sent.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -98,6 +96,28 @@ impl Shared {
     }
 }
 
+/// How often clients were answered with each kind of error, and how one of them read.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Errors(pub(super) BTreeMap<String, (u64, String)>);
+
+impl Errors {
+    fn count(&mut self, error: &Error) {
+        // The name of the variant: texts name partitions and addresses.
+        let shown = format!("{error:?}");
+        let name = shown.split(|character: char| !character.is_alphanumeric());
+        let name = name.take(1).collect::<String>();
+        let first = || (0, error.to_string());
+        self.0.entry(name).or_insert_with(first).0 += 1;
+    }
+
+    pub(super) fn add(&mut self, other: &Self) {
+        for (name, (count, text)) in &other.0 {
+            let first = || (0, text.clone());
+            self.0.entry(name.clone()).or_insert_with(first).0 += count;
+        }
+    }
+}
+
 /// What a client has seen.
 #[derive(Debug)]
 pub(super) struct Recording {
@@ -109,7 +129,7 @@ pub(super) struct Recording {
     pub(super) records: u64,
     /// Records by when they were acknowledged, in steps from the beginning of the window.
     pub(super) steps: Vec<u64>,
-    pub(super) errors: BTreeMap<String, u64>,
+    pub(super) errors: Errors,
     sent: u64,
     acked: Vec<Acked>,
     unknown: BTreeSet<u64>,
@@ -143,7 +163,7 @@ impl Recording {
             operations: 0,
             records: 0,
             steps: Vec::new(),
-            errors: BTreeMap::new(),
+            errors: Errors::default(),
             sent: 0,
             acked: Vec::new(),
             unknown: BTreeSet::new(),
@@ -216,10 +236,7 @@ impl Recording {
             Outcome::Unknown => self.unknown.extend(records),
         }
         self.failures_in_a_row += 1;
-        let text = error.to_string();
-        if self.errors.len() < ERRORS_MAX || self.errors.contains_key(&text) {
-            *self.errors.entry(text).or_default() += 1;
-        }
+        self.errors.count(&error);
         self.last_error = Some(error);
     }
 
@@ -575,6 +592,14 @@ mod tests {
         let (begun, _) = recording.next(1, 0);
         recording.failed(&begun, Error::Timeout { after_ms: 1 });
         assert_eq!((recording.operations, recording.records), (1, 1));
+        let mut errors = recording.errors.clone();
+        errors.add(&recording.errors);
+        let kinds: Vec<_> = errors
+            .0
+            .iter()
+            .map(|(name, (count, _))| (name.as_str(), *count))
+            .collect();
+        assert_eq!(kinds, [("Timeout", 2)]);
         assert_eq!(recording.steps, [0, 0, 1]);
         assert!((recording.latencies.at_us(0.5) - 5_000.0).abs() < 50.0);
         let ledger = ledger(&mut [recording], Acks::All, 1);

@@ -62,6 +62,9 @@ pub(super) async fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
         biased;
         stop = asked_to_stop() => stop.and_then(|()| anyhow::bail!("interrupted")),
         result = Box::pin(all(&settings, &mut stage, &directory.path)) => result.map_err(|error| {
+            if settings.named.is_some() {
+                return error;
+            }
             error.context(format!("the bench failed ({})", directory.keep()))
         }),
     };
@@ -80,7 +83,12 @@ pub(super) async fn run(args: BenchArgs) -> anyhow::Result<ExitCode> {
     }
     for report in &reports {
         if let Some(problem) = report.verdict().problem() {
-            let (workload, kept) = (report.workload, directory.keep());
+            let workload = report.workload;
+            let kept = if settings.named.is_some() {
+                "the topic is kept".to_owned()
+            } else {
+                directory.keep()
+            };
             anyhow::bail!("{workload}: {problem} ({kept})");
         }
     }
@@ -356,9 +364,7 @@ impl Bench<'_> {
             for (sum, count) in steps.iter_mut().zip(&recording.steps) {
                 *sum += count;
             }
-            for (error, count) in &recording.errors {
-                *outcome.errors.entry(error.clone()).or_default() += count;
-            }
+            outcome.errors.add(&recording.errors);
         }
         let seconds = measured.as_secs_f64();
         let bytes = as_figure(u64::try_from(self.job.record_bytes).unwrap_or(0));

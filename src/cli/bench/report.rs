@@ -9,6 +9,7 @@ use logboom::types::Acks;
 use serde_json::{Map, Value, json};
 
 use super::figures::{Figures, Latencies, Spread};
+use super::load::Errors;
 use super::machine::Machine;
 use super::verify::Verdict;
 
@@ -22,7 +23,7 @@ pub(super) struct Outcome {
     pub(super) times: Latencies,
     /// Records a second over time.
     pub(super) over_time: Vec<f64>,
-    pub(super) errors: BTreeMap<String, u64>,
+    pub(super) errors: Errors,
 }
 
 /// A workload with all its runs.
@@ -70,10 +71,10 @@ impl Report {
         all
     }
 
-    fn errors(&self) -> BTreeMap<&str, u64> {
-        let mut sum = BTreeMap::new();
-        for (text, count) in self.runs.iter().flat_map(|run| &run.errors) {
-            *sum.entry(text.as_str()).or_default() += count;
+    fn errors(&self) -> Errors {
+        let mut sum = Errors::default();
+        for run in &self.runs {
+            sum.add(&run.errors);
         }
         sum
     }
@@ -96,10 +97,11 @@ impl Report {
         for note in &self.notes {
             line(&format!("note: {note}"));
         }
-        line(&format!("{} runs", self.runs.len()));
+        let runs = self.runs.len();
+        line(&format!("{runs} run{}", if runs == 1 { "" } else { "s" }));
         text.push_str(&self.spread().table());
-        for (error, count) in self.errors() {
-            writeln!(text, "answered {count} times: {error}").unwrap_or_default();
+        for (name, (count, example)) in self.errors().0 {
+            writeln!(text, "answered {count} times with {name}, as: {example}").unwrap_or_default();
         }
         let verdict = self.verdict();
         if self.runs.iter().any(|run| run.verdict.is_some()) {
@@ -138,7 +140,10 @@ impl Report {
         object.extend(self.spread().json());
         let runs: Vec<Value> = self.runs.iter().map(run).collect();
         object.insert("runs".to_owned(), json!(runs));
-        object.insert("errors".to_owned(), json!(self.errors()));
+        let errors = self.errors().0.into_iter();
+        let errors: BTreeMap<String, u64> =
+            errors.map(|(name, (count, _))| (name, count)).collect();
+        object.insert("errors".to_owned(), json!(errors));
         object.insert("verdict".to_owned(), json!(self.verdict()));
         Value::Object(object)
     }

@@ -366,10 +366,11 @@ fn job(
     };
     let s = |count: u32| if count == 1 { "" } else { "s" };
     let (p, c) = (s(partitions), s(clients));
+    let w = if clients == 1 { "s" } else { "" };
     let title = match (workload, how) {
         (Workload::W5, _) => format!("{partitions} partition{p} at rest"),
         (Workload::W4, _) => format!(
-            "{} kills of the leader's process, {clients} client{c}, each waits for its acknowledgement, records of {record_bytes} B, {partitions} partition{p}",
+            "{} kills of the leader's process, {clients} client{c} that wait{w} for each acknowledgement, records of {record_bytes} B, {partitions} partition{p}",
             args.kills
         ),
         (_, How::Producer { .. }) => format!(
@@ -383,7 +384,7 @@ fn job(
             args.in_flight
         ),
         _ => format!(
-            "{clients} client{c}, each waits for its acknowledgement, records of {record_bytes} B, {partitions} partition{p}"
+            "{clients} client{c} that wait{w} for each acknowledgement, records of {record_bytes} B, {partitions} partition{p}"
         ),
     };
     let rate = args.rate.map(|rate| match how {
