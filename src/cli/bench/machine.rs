@@ -29,7 +29,7 @@ const MESSAGE_BYTES: usize = 100;
 const IN_MEMORY: [u64; 2] = [0x0102_1994, 0x8584_58f6];
 
 /// The limits and the machine they belong to.
-#[derive(Debug, Clone, Serialize)]
+#[derive(Debug, Clone, Default, Serialize)]
 pub(super) struct Machine {
     pub(super) cpu: String,
     pub(super) cores: usize,

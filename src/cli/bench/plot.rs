@@ -79,9 +79,9 @@ fn percentiles(canvas: &mut Canvas, frame: Frame, curve: &[(f64, f64)], name: &s
         let place = if part < 1.0 {
             nines(part)
         } else {
-            nines(last) + 0.3
+            nines(last) + 0.5
         };
-        place / (nines(last) + 0.3)
+        place / (nines(last) + 0.5)
     };
     let mut power = least;
     while power <= most {
@@ -117,7 +117,8 @@ fn percentiles(canvas: &mut Canvas, frame: Frame, curve: &[(f64, f64)], name: &s
 
 /// Records a second over time.
 fn over_time(canvas: &mut Canvas, frame: Frame, steps: &[f64]) {
-    let most = steps.iter().copied().fold(1.0, f64::max);
+    // Room for the name.
+    let most = steps.iter().copied().fold(1.0, f64::max) * 1.15;
     for part in [0.0, 0.5, 1.0] {
         grid(canvas, frame, part, &format!("{:.0}", most * part));
     }
@@ -199,4 +200,73 @@ pub(super) fn draw(reports: &[Report]) -> String {
         canvas.y += HEIGHT + LABELS;
     }
     canvas.finish()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use serde_json::Value;
+
+    use super::super::figures::Figures;
+    use super::super::machine::Machine;
+    use super::super::report::Outcome;
+    use super::*;
+
+    fn report(workload: &'static str, outcome: Outcome) -> Report {
+        Report {
+            workload,
+            title: "some <things>".to_owned(),
+            promise: None,
+            latency: None,
+            settings: Value::Null,
+            machine: Machine::default(),
+            notes: Vec::new(),
+            runs: vec![outcome],
+        }
+    }
+
+    /// Goal: every kind of chart is drawn, and the picture is well-formed; nothing to show is no reason to fail. Method: one workload of each kind and
+    /// one that came to nothing; the tags are counted.
+    #[test]
+    fn everything_is_drawn() {
+        let mut busy = Outcome {
+            over_time: vec![10.0, 0.0, 5.0],
+            ..Outcome::default()
+        };
+        for ms in 1..=2_000 {
+            busy.times.record(Duration::from_millis(ms));
+        }
+        let mut figures = Figures::default();
+        figures.put("idle_cpu_percent_of_a_core", 3.0);
+        figures.put("brokers_resident_megabytes", 50.0);
+        let idle = Outcome {
+            figures,
+            ..Outcome::default()
+        };
+        let svg = draw(&[
+            report("W2", busy),
+            report("W5", idle),
+            report("W6", Outcome::default()),
+        ]);
+        let parts = [
+            "W2 some &lt;things&gt;",
+            "p99.9",
+            "max",
+            "10000 ms",
+            "records a second",
+            "W5 at rest",
+            "resident MB",
+        ];
+        for part in parts {
+            assert!(svg.contains(part), "{part}: {svg}");
+        }
+        assert!(!svg.contains("W6") && !svg.contains("NaN"), "{svg}");
+        for tag in ["svg", "text", "title"] {
+            let (opened, closed) = (format!("<{tag}"), format!("</{tag}>"));
+            let counts = (svg.matches(&opened).count(), svg.matches(&closed).count());
+            assert_eq!(counts.0, counts.1, "{tag}");
+        }
+        assert!(draw(&[]).starts_with("<svg"));
+    }
 }
