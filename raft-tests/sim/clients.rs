@@ -3,6 +3,7 @@
 //! Owns what the clients do in which phase, and the bounds of the liveness phase. The driver moves the phases on.
 
 use std::cell::RefCell;
+use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -13,7 +14,9 @@ use logboom::testkit::recorder::Recorder;
 use logboom::testkit::workload::{
     Workload, WorkloadConfig, decode_value, encode_value, read_final_logs,
 };
-use logboom::types::{Acks, Error, Offset, ReplicaKind};
+use logboom::types::{
+    Acks, BrokerId, Error, Offset, PartitionId, ReplicaKind, TopicName, TopicPartition,
+};
 use tokio::time::Instant;
 
 use crate::plan::Plan;
@@ -28,6 +31,8 @@ const READ_WITHIN: Duration = Duration::from_secs(30);
 
 /// The session that asks whether everything serves again.
 const PROBE_SESSION: u32 = 1_000;
+/// The first of the sessions that read.
+const READING_SESSIONS: u32 = 100;
 
 /// Where the clients are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -43,10 +48,23 @@ pub enum Phase {
     Done,
 }
 
+/// A partition's copies are to be moved.
+#[derive(Debug)]
+pub struct Errand {
+    pub topic: String,
+    pub partition: u32,
+    /// The preferred leader first.
+    pub replicas: Vec<u32>,
+}
+
+/// Errands that wait to be run at most.
+const ERRANDS_MAX: usize = 8;
+
 /// What driver and clients share.
 #[derive(Debug, Default)]
 pub struct Control {
     pub phase: Phase,
+    errands: VecDeque<Errand>,
     /// By topic of the plan.
     pub logs: Vec<Vec<FinalLog>>,
     pub dumps: Vec<Vec<ReplicaDump>>,
@@ -55,6 +73,37 @@ pub struct Control {
     /// How long it took after healing until everything served, and until everything was in its place.
     pub served_after: Duration,
     pub settled_after: Duration,
+}
+
+impl Control {
+    /// Has the clients run `errand`; false when too many wait already.
+    pub fn send(&mut self, errand: Errand) -> bool {
+        let takes = self.errands.len() < ERRANDS_MAX;
+        if takes {
+            self.errands.push_back(errand);
+        }
+        takes
+    }
+}
+
+/// Runs errands one after the other; what comes of one is shown by the cluster in the end.
+async fn run_errands(client: Client, control: Rc<RefCell<Control>>) {
+    loop {
+        let errand = control.borrow_mut().errands.pop_front();
+        let Some(errand) = errand else {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            continue;
+        };
+        let partition = TopicName::new(&errand.topic).map(|topic| TopicPartition {
+            topic,
+            partition: PartitionId(errand.partition),
+        });
+        if let Ok(partition) = partition {
+            let replicas = errand.replicas.into_iter().map(BrokerId).collect();
+            let told = client.admin().reassign(partition, replicas).await;
+            tracing::info!(?told, "a move was asked for");
+        }
+    }
 }
 
 async fn until_phase(control: &Rc<RefCell<Control>>, phase: Phase) {
@@ -86,6 +135,8 @@ pub async fn run(
             .with_config("min.insync.replicas", &topic.min_in_sync.to_string());
         create(&client, &new).await?;
     }
+    let reader = Client::connect(&bootstrap, client_config()).await?;
+    tokio::task::spawn_local(run_errands(client.clone(), control.clone()));
     control.borrow_mut().phase = Phase::Work;
     let mut works = Vec::new();
     for (at, (topic, recorder)) in plan.topics.iter().zip(&recorders).enumerate() {
@@ -93,8 +144,8 @@ pub async fn run(
         let config = WorkloadConfig {
             producers: 2,
             plain_appenders: 1,
-            readers: 1,
-            end_askers: 1,
+            readers: 0,
+            end_askers: 0,
             record_bytes: plan.record_bytes,
             pause: plan.pause,
             in_flight: 16,
@@ -102,7 +153,19 @@ pub async fn run(
             seed,
             ..WorkloadConfig::new(&topic.name, topic.partitions)
         };
+        // Who reads learns of a new leader on its own, and so perhaps later than who writes.
+        let reading = WorkloadConfig {
+            first_session: READING_SESSIONS,
+            producers: 0,
+            plain_appenders: 0,
+            fencers: 0,
+            readers: 1,
+            end_askers: 1,
+            seed: seed ^ 0x7265_6164,
+            ..config.clone()
+        };
         works.push(Workload::start(&client, recorder, config)?);
+        works.push(Workload::start(&reader, recorder, reading)?);
     }
     until_phase(&control, Phase::Healed).await;
     let healed = Instant::now();
@@ -216,7 +279,11 @@ async fn settle(client: &Client, plan: &Plan, deadline: Instant) -> Vec<String> 
                     for partition in &topic.partitions {
                         let preferred = partition.replicas.first().map(|replica| replica.broker);
                         let whole = partition.isr.len() == partition.replicas.len();
-                        if !whole || partition.leader.is_none() || partition.leader != preferred {
+                        if !whole
+                            || partition.reassigning
+                            || partition.leader.is_none()
+                            || partition.leader != preferred
+                        {
                             wrong.push(format!(
                                 "{}-{}: leader {:?} of {:?}, in sync {:?}, replicas {:?}",
                                 topic.name,

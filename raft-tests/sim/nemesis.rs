@@ -1,7 +1,12 @@
 //! What breaks, and when: faults drawn one after the other, each with its end.
 //!
-//! Owns the order of faults by recoverability: a fault that takes data away hits one broker only in a run, and only while everything
-//! else is whole. Everything that is broken is said to the history.
+//! Owns when the next fault begins and how each ends. Everything that is broken is said to the history.
+//!
+//! - `kinds`: which faults there are, and how many of each a campaign must have seen.
+//! - `data`: faults of data directories, in an order in which they can be recovered from.
+
+mod data;
+mod kinds;
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -10,119 +15,14 @@ use logboom::runtime::sim;
 use logboom::storage::MemDisk;
 use logboom::testkit::recorder::FaultId;
 use rand::rngs::SmallRng;
+use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
 
-use crate::world::{Cut, Life, World};
+use self::kinds::{KINDS, Kind};
+use crate::clients::Errand;
+use crate::world::{Cut, Life, Order, World};
 
-/// Every kind of fault, with how often it is drawn.
-const KINDS: [(Kind, u32); 24] = [
-    (Kind::Kill, 10),
-    (Kind::KillAll, 2),
-    (Kind::CrashAtOperation, 8),
-    (Kind::PowerLoss, 8),
-    (Kind::PowerLossTorn, 8),
-    (Kind::PowerLossAll, 4),
-    (Kind::Partition, 8),
-    (Kind::OneWay, 8),
-    (Kind::Isolate, 6),
-    (Kind::IsolateOneWay, 4),
-    (Kind::Bridge, 3),
-    (Kind::HoldLink, 5),
-    (Kind::HoldHost, 5),
-    (Kind::Flapping, 4),
-    (Kind::CutFromClients, 3),
-    (Kind::Latency, 4),
-    (Kind::SlowDisk, 5),
-    (Kind::FailSync, 5),
-    (Kind::FailWrite, 4),
-    (Kind::DiskFull, 3),
-    (Kind::WallClock, 4),
-    (Kind::ClockJump, 4),
-    (Kind::Stop, 5),
-    (Kind::TakeData, 5),
-];
-
-/// A kind of fault.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Kind {
-    /// SIGKILL of one process.
-    Kill,
-    KillAll,
-    /// Power goes at the n-th operation of a disk from now.
-    CrashAtOperation,
-    PowerLoss,
-    PowerLossTorn,
-    PowerLossAll,
-    Partition,
-    OneWay,
-    Isolate,
-    IsolateOneWay,
-    /// All links are cut but those of one broker.
-    Bridge,
-    HoldLink,
-    HoldHost,
-    Flapping,
-    CutFromClients,
-    Latency,
-    SlowDisk,
-    FailSync,
-    FailWrite,
-    DiskFull,
-    WallClock,
-    /// The clock of a process jumps ahead, as after a suspension.
-    ClockJump,
-    /// An orderly stop.
-    Stop,
-    /// A directory is wiped, put back to an older copy, or rots.
-    TakeData,
-}
-
-/// What must have been done in a campaign of so many seeds, or it proves less than it says.
-pub fn coverage(figures: &BTreeMap<String, u64>, seeds: u64) -> Vec<String> {
-    let done = |name: &str| figures.get(&format!("fault.{name}")).copied().unwrap_or(0);
-    let kinds = KINDS
-        .iter()
-        .map(|(kind, _)| kind.name())
-        .filter(|name| *name != Kind::TakeData.name());
-    let often = kinds.map(|name| (name, seeds / 20));
-    let rarely = ["wipe", "olddir", "bitrot"].map(|name| (name, seeds / 100));
-    often
-        .chain(rarely)
-        .filter(|(name, least)| done(name) < *least)
-        .map(|(name, least)| format!("{name}: {} times, at least {least} are wanted", done(name)))
-        .collect()
-}
-
-impl Kind {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Kill => "kill",
-            Self::KillAll => "kill_all",
-            Self::CrashAtOperation => "crash_at_operation",
-            Self::PowerLoss => "power_loss",
-            Self::PowerLossTorn => "power_loss_torn",
-            Self::PowerLossAll => "power_loss_all",
-            Self::Partition => "partition",
-            Self::OneWay => "one_way",
-            Self::Isolate => "isolate",
-            Self::IsolateOneWay => "isolate_one_way",
-            Self::Bridge => "bridge",
-            Self::HoldLink => "hold_link",
-            Self::HoldHost => "hold_host",
-            Self::Flapping => "flapping",
-            Self::CutFromClients => "cut_from_clients",
-            Self::Latency => "latency",
-            Self::SlowDisk => "slow_disk",
-            Self::FailSync => "fail_sync",
-            Self::FailWrite => "fail_write",
-            Self::DiskFull => "disk_full",
-            Self::WallClock => "wall_clock",
-            Self::ClockJump => "clock_jump",
-            Self::Stop => "stop",
-            Self::TakeData => "take_data",
-        }
-    }
-}
+pub use self::kinds::coverage;
 
 enum Undo {
     Nothing,
@@ -131,6 +31,8 @@ enum Undo {
     Latency,
     Disk(usize),
     WallClock,
+    Repeat,
+    Twin,
 }
 
 struct Active {
@@ -150,7 +52,10 @@ pub struct Nemesis {
     /// The broker whose data was taken; no other's is in this run.
     victim: Option<usize>,
     /// A copy of a directory, to be put back later.
-    copies: BTreeMap<usize, MemDisk>,
+    copy: Option<data::Copy>,
+    /// A broker's own directory, while it stands on a copy of another's.
+    own: BTreeMap<usize, MemDisk>,
+    waiting: Option<data::Waiting>,
     /// Only these are drawn, when there are any.
     only: Vec<Kind>,
 }
@@ -170,7 +75,9 @@ impl Nemesis {
             counts: BTreeMap::new(),
             log: Vec::new(),
             victim: None,
-            copies: BTreeMap::new(),
+            copy: None,
+            own: BTreeMap::new(),
+            waiting: None,
             only: only.collect(),
         }
     }
@@ -226,11 +133,12 @@ impl Nemesis {
             }
         }
         self.active.extend(still);
-        if now >= self.next && now < self.end {
+        let waits = self.waits(world);
+        if now >= self.next && now < self.end && !waits {
             let every = u64::try_from(world.plan.fault_every.as_millis()).unwrap_or(u64::MAX);
             self.next = now + self.within(every / 4, every * 2);
             // A copy that was kept is there to be put back.
-            let again = !self.copies.is_empty() && self.rng.random_bool(0.5);
+            let again = self.copy.is_some() && self.rng.random_bool(0.5);
             let kind = if again { Kind::TakeData } else { self.draw() };
             self.begin(world, kind);
         }
@@ -250,6 +158,8 @@ impl Nemesis {
                 disk.set_pace(world.plan.seed, world.plan.disk_max);
             }
             Undo::WallClock => sim::set_wall_clock_error(0),
+            Undo::Repeat => sim::set_repeats(0),
+            Undo::Twin => world.stop_twin(),
         }
     }
 
@@ -261,11 +171,12 @@ impl Nemesis {
                 recorder.fault_ended(id);
             }
         }
+        self.waiting = None;
         world.heal();
     }
 
     /// What an operator does about processes that ended by themselves: starts them again when the disk is well, and with an empty
-    /// directory when that is damaged or refused.
+    /// directory when that is damaged or refused, or its own when it stood on another's.
     pub fn operate(&mut self, world: &mut World) -> Vec<String> {
         let mut wrong = Vec::new();
         for (at, reason) in std::mem::take(&mut world.failures) {
@@ -276,6 +187,14 @@ impl Nemesis {
             ));
             tracing::info!(node = world.nodes[at].name, reason, "ended by itself");
             world.nodes[at].disk().heal();
+            if reason.contains("belongs to broker")
+                && let Some(own) = self.own.remove(&at)
+            {
+                own.heal();
+                own.set_free(1 << 40);
+                world.set_disk(at, own);
+                continue;
+            }
             let unusable =
                 !reason.contains("injected") && !reason.contains("the machine has crashed");
             if unusable {
@@ -502,71 +421,48 @@ impl Nemesis {
                     ids,
                 });
             }
-            Kind::ClockJump | Kind::Stop => {
+            Kind::ClockJump | Kind::Stop | Kind::Transfer => {
                 let Some(at) = self.running(world) else {
                     return;
                 };
-                let jump = (kind == Kind::ClockJump).then(|| self.within(100, 5_000));
-                {
-                    let mut cell = world.nodes[at].cell.borrow_mut();
-                    cell.jump = jump;
-                    cell.stop.notify_one();
-                }
-                let target = format!("{} {jump:?}", world.nodes[at].name);
+                let order = match kind {
+                    Kind::ClockJump => Order::Jump(self.within(100, 5_000)),
+                    Kind::Transfer => Order::HandOver,
+                    _ => Order::Stop,
+                };
+                let target = format!("{} {order:?}", world.nodes[at].name);
+                world.nodes[at].tell(order);
                 self.instant(world, kind.name(), &target);
             }
-            Kind::TakeData => self.take_data(world),
-        }
-    }
-
-    /// Takes data away from the one broker that may lose it.
-    fn take_data(&mut self, world: &mut World) {
-        // The only copy of something may not be taken.
-        if !world.is_whole()
-            || world
-                .plan
-                .topics
-                .iter()
-                .any(|topic| topic.replication_factor < 2)
-        {
-            return;
-        }
-        let count = world.nodes.len();
-        let at = self
-            .victim
-            .unwrap_or_else(|| self.rng.random_range(0..count));
-        // The first fault of this kind may only keep a copy; the next one puts it back.
-        if let Some(copy) = self.copies.remove(&at) {
-            world.power_off(at, 0, false);
-            world.set_disk(at, copy);
-            let name = world.nodes[at].name.clone();
-            self.instant(world, "olddir", &name);
-            self.restart_later(world, at);
-            return;
-        }
-        self.victim = Some(at);
-        let name = world.nodes[at].name.clone();
-        match self.rng.random_range(0..3) {
-            0 => {
-                self.copies.insert(at, world.nodes[at].disk().duplicate());
+            Kind::Repeat => {
+                let per_mille = self.rng.random_range(20..300);
+                sim::set_repeats(per_mille);
+                let until = world.now() + self.within(500, 4_000);
+                let ids = self.note(world, kind.name(), &format!("{per_mille} of 1000"));
+                self.active.push(Active {
+                    until,
+                    undo: Undo::Repeat,
+                    ids,
+                });
             }
-            1 => {
-                world.power_off(at, 0, false);
-                world.set_disk(at, MemDisk::new());
-                self.instant(world, "wipe", &name);
-                self.restart_later(world, at);
-            }
-            _ => {
-                world.kill(at, true);
-                let disk = world.nodes[at].disk();
-                let files = disk.files();
-                let (file, length) = &files[self.rng.random_range(0..files.len())];
-                if *length > 0 {
-                    disk.flip(file, self.rng.random_range(0..length * 8));
-                    self.instant(world, "bitrot", &format!("{name} {file}"));
+            Kind::Reassign => {
+                let topic = &world.plan.topics[self.rng.random_range(0..world.plan.topics.len())];
+                let mut brokers: Vec<u32> = (1..=world.plan.brokers).collect();
+                brokers.shuffle(&mut self.rng);
+                brokers.truncate(topic.replication_factor as usize);
+                let errand = Errand {
+                    topic: topic.name.clone(),
+                    partition: self.rng.random_range(0..topic.partitions),
+                    replicas: brokers,
+                };
+                let target = format!("{errand:?}");
+                if world.control.borrow_mut().send(errand) {
+                    self.instant(world, kind.name(), &target);
                 }
-                self.restart_later(world, at);
             }
+            Kind::OtherDirectory => self.exchange_directory(world),
+            Kind::Twin => self.plan_twin(world),
+            Kind::TakeData => self.plan_taking(world),
         }
     }
 }

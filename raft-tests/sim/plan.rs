@@ -78,7 +78,7 @@ impl Plan {
             seed,
             brokers,
             topics,
-            tick: Duration::from_millis(one_of(&mut rng, &[1, 2, 5])),
+            tick: Duration::from_millis(one_of(&mut rng, &[1, 2, 2, 5, 5])),
             latency_max: Duration::from_millis(one_of(&mut rng, &[2, 5, 15])),
             disk_max: Duration::from_millis(one_of(&mut rng, &[0, 2, 5, 15])),
             heartbeat_ms,

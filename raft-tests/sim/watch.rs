@@ -3,7 +3,6 @@
 //! Owns what was seen so far. Says what is wrong; does not stop the run.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::time::Duration;
 
 use logboom::testkit::recorder::Recorder;
 use logboom::types::{EntryId, ReplicaId, ReplicaKind};
@@ -11,9 +10,6 @@ use logboom::types::{EntryId, ReplicaId, ReplicaKind};
 use crate::world::World;
 
 type Place = (String, u32);
-
-/// For how long a witness may have what a follower that has just come into sync still waits for.
-const WITNESS_FIRST_WITHIN: Duration = Duration::ZERO;
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Seen {
@@ -36,13 +32,11 @@ pub struct Watch {
     /// Highest epoch in which somebody served.
     newest: BTreeMap<Place, u64>,
     pub leader_changes: u64,
-    /// Since when a follower in sync has lacked what the witness has.
-    behind: BTreeMap<(Place, ReplicaId), Duration>,
 }
 
 impl Watch {
     /// A witness has no entry of a leader's epoch that this leader does not have durably, or that a follower lacks which it calls in sync.
-    fn look_at_witnesses(&mut self, world: &World) -> Vec<String> {
+    fn look_at_witnesses(world: &World) -> Vec<String> {
         let mut wrong = Vec::new();
         // By partition: epoch and last entry of every replica, and whom a leader calls in sync.
         let mut lasts: BTreeMap<Place, Vec<(ReplicaId, EntryId)>> = BTreeMap::new();
@@ -87,14 +81,7 @@ impl Watch {
             }
             for (follower, last) in lasts {
                 let counts = follower.kind() == ReplicaKind::Data && followers.contains(follower);
-                let key = (place.clone(), *follower);
-                if !counts || (last.epoch, last.index) >= (has.epoch, has.index) {
-                    self.behind.remove(&key);
-                    continue;
-                }
-                // What was on its way to the witness when a follower came into sync may arrive there first.
-                let since = *self.behind.entry(key).or_insert(world.now());
-                if world.now() - since > WITNESS_FIRST_WITHIN {
+                if counts && (last.epoch, last.index) < (has.epoch, has.index) {
                     wrong.push(format!(
                         "{}-{}: witness {witness} has {has}, {follower} in sync has {last}",
                         place.0, place.1
@@ -107,7 +94,15 @@ impl Watch {
 
     /// Looks at every replica; returns what is wrong.
     pub fn look(&mut self, world: &World, recorders: &[Recorder]) -> Vec<String> {
-        let mut wrong = self.look_at_witnesses(world);
+        let mut wrong = Self::look_at_witnesses(world);
+        if let Some(twin) = world.twin.broker()
+            && !twin.replicas().is_empty()
+        {
+            let name = twin.id();
+            wrong.push(format!(
+                "a copy of the directory of broker {name} takes part"
+            ));
+        }
         for (at, node) in world.nodes.iter().enumerate() {
             let Some(broker) = node.broker() else {
                 continue;

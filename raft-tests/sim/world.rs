@@ -15,6 +15,7 @@ use logboom::config::BrokerConfig;
 use logboom::runtime::sim;
 use logboom::storage::MemDisk;
 use logboom::testkit::recorder::Recorder;
+use logboom::types::ReplicaKind;
 use tokio::sync::Notify;
 use turmoil::Sim;
 
@@ -23,6 +24,8 @@ use crate::plan::Plan;
 
 /// The host of the clients.
 pub const CLIENTS: &str = "clients";
+/// The host of a process that says it is another.
+const TWIN: &str = "twin";
 const PORT: u16 = 9092;
 /// An operator, or a supervisor, starts again what has ended.
 const RESTART_AFTER: Duration = Duration::from_millis(400);
@@ -48,9 +51,37 @@ pub struct Cell {
     pub config: BrokerConfig,
     pub disk: MemDisk,
     pub life: Life,
-    pub stop: Rc<Notify>,
-    /// The process's clock jumps ahead by so much when it next looks.
-    pub jump: Option<Duration>,
+    told: Rc<Notify>,
+    order: Option<Order>,
+}
+
+impl Cell {
+    fn new(config: BrokerConfig, disk: MemDisk, life: Life) -> Self {
+        Self {
+            config,
+            disk,
+            life,
+            told: Rc::default(),
+            order: None,
+        }
+    }
+
+    /// As a process that starts finds it.
+    fn begin(&mut self) {
+        self.life = Life::Starting;
+        self.told = Rc::default();
+        self.order = None;
+    }
+}
+
+/// What a running process is told to do.
+#[derive(Debug, Clone, Copy)]
+pub enum Order {
+    Stop,
+    /// Its clock jumps ahead.
+    Jump(Duration),
+    /// It hands over every leadership that somebody else can have.
+    HandOver,
 }
 
 /// One broker's host.
@@ -81,6 +112,12 @@ impl Node {
     pub fn disk(&self) -> MemDisk {
         self.cell.borrow().disk.clone()
     }
+
+    pub fn tell(&self, order: Order) {
+        let mut cell = self.cell.borrow_mut();
+        cell.order = Some(order);
+        cell.told.notify_one();
+    }
 }
 
 /// How a link is cut.
@@ -98,6 +135,8 @@ pub struct World {
     pub plan: Plan,
     pub sim: Sim<'static>,
     pub nodes: Vec<Node>,
+    /// Where a copy of a broker's directory is started beside the original.
+    pub twin: Node,
     pub control: Rc<RefCell<Control>>,
     /// One record for each topic of the plan.
     pub recorders: Vec<Recorder>,
@@ -115,10 +154,10 @@ pub fn since() -> Option<Duration> {
 }
 
 async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
-    let (config, disk, stop) = {
+    let (config, disk, told) = {
         let mut cell = cell.borrow_mut();
         cell.life = Life::Starting;
-        (cell.config.clone(), cell.disk.clone(), cell.stop.clone())
+        (cell.config.clone(), cell.disk.clone(), cell.told.clone())
     };
     let started = Broker::builder(config).memory_disk(&disk).start().await;
     let broker = match started {
@@ -133,11 +172,12 @@ async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
         tokio::select! {
             biased;
             error = broker.wait_failed() => break Life::Failed(error.to_string()),
-            () = stop.notified() => {
-                let jump = cell.borrow_mut().jump.take();
-                match jump {
-                    Some(jump) => tokio::time::advance(jump).await,
-                    None => {
+            () = told.notified() => {
+                let order = cell.borrow_mut().order.take();
+                match order {
+                    Some(Order::Jump(jump)) => tokio::time::advance(jump).await,
+                    Some(Order::HandOver) => hand_over(&broker),
+                    Some(Order::Stop) | None => {
                         broker.shutdown().await;
                         break Life::Stopped;
                     }
@@ -147,6 +187,41 @@ async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
     };
     cell.borrow_mut().life = end;
     std::future::pending().await
+}
+
+/// A host that runs what its cell says.
+fn host(sim: &mut Sim<'_>, name: &str, cell: Cell) -> Node {
+    let cell = Rc::new(RefCell::new(cell));
+    let shared = cell.clone();
+    sim.host(name, move || run_broker(shared.clone()));
+    Node {
+        name: name.to_owned(),
+        cell,
+        off: false,
+        restart_at: None,
+        armed: None,
+    }
+}
+
+/// Every partition that `broker` leads goes to another replica in sync, where there is one.
+fn hand_over(broker: &Broker) {
+    for partition in broker.replicas() {
+        if !partition.is_leader() {
+            continue;
+        }
+        let isr = partition.view().isr;
+        let voters = partition.group().status().borrow().voters.clone();
+        let other = voters.into_iter().find(|replica| {
+            *replica != partition.me()
+                && replica.kind() == ReplicaKind::Data
+                && isr.contains(&replica.broker())
+        });
+        if let Some(other) = other {
+            let group = partition.group().clone();
+            // It is seen through by the group, and may be refused.
+            tokio::task::spawn_local(async move { group.transfer_leader(other).await.ok() });
+        }
+    }
 }
 
 impl World {
@@ -203,23 +278,15 @@ impl World {
                 disk_reserve_bytes: 1 << 20,
                 ..BrokerConfig::default()
             };
-            let cell = Rc::new(RefCell::new(Cell {
-                config,
-                disk,
-                life: Life::Starting,
-                stop: Rc::default(),
-                jump: None,
-            }));
-            let shared = cell.clone();
-            sim.host(name.as_str(), move || run_broker(shared.clone()));
-            nodes.push(Node {
-                name: name.clone(),
-                cell,
-                off: false,
-                restart_at: None,
-                armed: None,
-            });
+            nodes.push(host(
+                &mut sim,
+                name,
+                Cell::new(config, disk, Life::Starting),
+            ));
         }
+        let spare = Cell::new(BrokerConfig::default(), MemDisk::new(), Life::Down);
+        let twin = host(&mut sim, TWIN, spare);
+        sim.crash(TWIN);
         let control = Rc::new(RefCell::new(Control::default()));
         let brokers = nodes.iter().map(|node| node.cell.clone()).collect();
         let bootstrap = names.iter().map(|name| format!("{name}:{PORT}")).collect();
@@ -237,6 +304,7 @@ impl World {
             plan: plan.clone(),
             sim,
             nodes,
+            twin,
             control,
             recorders,
             cuts: BTreeSet::new(),
@@ -321,14 +389,35 @@ impl World {
             self.nodes[at].off = false;
             self.apply_cuts();
         }
-        {
-            let mut cell = self.nodes[at].cell.borrow_mut();
-            cell.life = Life::Starting;
-            cell.stop = Rc::default();
-            cell.jump = None;
-        }
+        self.nodes[at].cell.borrow_mut().begin();
         self.sim.bounce(self.nodes[at].name.as_str());
         self.settle_refusing();
+    }
+
+    pub fn twin_runs(&self) -> bool {
+        !matches!(self.twin.cell.borrow().life, Life::Down)
+    }
+
+    /// Starts a process in the name of the broker `of`, on `disk`, at an address of its own.
+    pub fn start_twin(&mut self, of: usize, disk: MemDisk) {
+        let mut config = self.nodes[of].cell.borrow().config.clone();
+        config.advertise = format!("{TWIN}:{PORT}");
+        disk.set_pace(self.plan.seed ^ 0x7477_696e, self.plan.disk_max);
+        {
+            let mut cell = self.twin.cell.borrow_mut();
+            (cell.config, cell.disk) = (config, disk);
+            cell.begin();
+        }
+        self.sim.bounce(TWIN);
+    }
+
+    /// Kills that process, if there is one.
+    pub fn stop_twin(&mut self) {
+        if self.twin_runs() {
+            self.twin.disk().kill(true);
+            self.sim.crash(TWIN);
+            self.twin.cell.borrow_mut().life = Life::Down;
+        }
     }
 
     /// Gives the host another disk.
@@ -449,5 +538,7 @@ impl World {
         }
         self.sim.set_max_message_latency(self.plan.latency_max);
         sim::set_wall_clock_error(0);
+        sim::set_repeats(0);
+        self.stop_twin();
     }
 }

@@ -39,7 +39,6 @@ impl Canvas {
     }
 
     /// Puts elements behind everything that is there.
-    #[cfg(feature = "testkit")]
     pub(super) fn push_behind(&mut self, elements: &str) {
         self.body.insert_str(0, elements);
     }
@@ -74,7 +73,6 @@ impl Canvas {
     }
 
     /// What a colour means, at the right of the heading just written.
-    #[cfg(feature = "testkit")]
     pub(super) fn key(&mut self, entries: &[(&str, &str)]) {
         let y = self.y - 10.0;
         let mut x = WIDTH - RIGHT;

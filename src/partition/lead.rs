@@ -37,7 +37,7 @@ impl From<&GroupStatus> for Seen {
             applied: status.applied.map(|entry| entry.index),
             #[cfg(feature = "sim")]
             serves: status.is_serving()
-                || crate::runtime::sim::makes(crate::runtime::sim::Bug::ServesAtOnce)
+                || crate::runtime::sim::makes(crate::runtime::sim::Bug::ReadIndexNotAwaited)
                     && status.role == Role::Leader,
             #[cfg(not(feature = "sim"))]
             serves: status.is_serving(),

@@ -317,6 +317,10 @@ impl Group {
             }
             Err(OpenraftError::Fatal(error)) => return Err(self.fatal(&error)),
         };
+        #[cfg(feature = "sim")]
+        if crate::runtime::sim::makes(crate::runtime::sim::Bug::ReadIndexNotAwaited) {
+            return Ok(());
+        }
         let reached = self.status_when(|status| {
             status.role == Role::Stopped
                 || status

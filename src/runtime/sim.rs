@@ -16,6 +16,7 @@ thread_local! {
     static CHANCE: RefCell<SmallRng> = RefCell::new(SmallRng::seed_from_u64(0));
     static ERROR_MS: Cell<i64> = const { Cell::new(0) };
     static MADE: Cell<Option<Bug>> = const { Cell::new(None) };
+    static REPEATS_PER_MILLE: Cell<u32> = const { Cell::new(0) };
     static REFUSING: RefCell<BTreeSet<IpAddr>> = const { RefCell::new(BTreeSet::new()) };
 }
 
@@ -28,6 +29,17 @@ pub fn seed(seed: u64) {
 /// Sets the wall clock wrong by so much from now on, in ms.
 pub fn set_wall_clock_error(ms: i64) {
     ERROR_MS.set(ms);
+}
+
+/// Of a thousand messages between replicas, so many arrive a second time from now on.
+pub fn set_repeats(per_mille: u32) {
+    REPEATS_PER_MILLE.set(per_mille);
+}
+
+/// Whether a message is to arrive a second time.
+pub(crate) fn repeats() -> bool {
+    let per_mille = REPEATS_PER_MILLE.get();
+    per_mille > 0 && CHANCE.with_borrow_mut(|chance| chance.random_range(0..1000)) < per_mille
 }
 
 /// Sets which hosts refuse connections: they are on, everybody reaches them, and no process listens there.
@@ -67,8 +79,9 @@ pub enum Bug {
     WatermarkOffByOne,
     /// A witness gets entries that an in-sync replica lacks.
     WitnessAhead,
-    /// A new leader serves before it has applied what was acknowledged.
-    ServesAtOnce,
+    /// A leader serves at once, and answers for the end of the log when a quorum has confirmed it, without waiting until what that
+    /// quorum has is applied.
+    ReadIndexNotAwaited,
     /// A proposal whose fate is unknown is said to have failed.
     UnknownCalledFailed,
     /// What a failed sync left in memory counts after a restart.
@@ -90,7 +103,7 @@ impl Bug {
         Self::DirectoryNotSynced,
         Self::WatermarkOffByOne,
         Self::WitnessAhead,
-        Self::ServesAtOnce,
+        Self::ReadIndexNotAwaited,
         Self::UnknownCalledFailed,
         Self::TailTrusted,
     ];

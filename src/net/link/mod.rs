@@ -86,6 +86,23 @@ struct State {
     /// Write what is queued until then, and close.
     finish_by: Option<Instant>,
     end: Option<End>,
+    /// A message that is to be sent once more.
+    #[cfg(feature = "sim")]
+    repeated: Option<(Kind, u8, u64, Message)>,
+}
+
+#[cfg(feature = "sim")]
+impl State {
+    /// A message between replicas may arrive once more, behind a later one. Its second answer finds nobody who waits for it.
+    fn repeat(&mut self, kind: Kind, channel: u8, correlation: u64, message: Message) {
+        if channel != super::Channel::Raft.to_byte() || !crate::runtime::sim::repeats() {
+            return;
+        }
+        let later = self.repeated.replace((kind, channel, correlation, message));
+        if let Some((kind, channel, correlation, message)) = later {
+            self.queue.push(kind, channel, correlation, message);
+        }
+    }
 }
 
 /// An established connection.
@@ -243,7 +260,11 @@ impl Link {
             // Armed for it now: the next call with the same deadline or a later one wakes nobody.
             state.armed = Some(deadline);
         }
+        #[cfg(feature = "sim")]
+        let copy = message.clone();
         state.queue.push(kind, channel, correlation, message);
+        #[cfg(feature = "sim")]
+        state.repeat(kind, channel, correlation, copy);
         drop(state);
         self.wake.notify_one();
         if earlier {
