@@ -29,6 +29,8 @@ pub(super) struct BrokerProcess {
     pub(super) listen: String,
     pub(super) directory: PathBuf,
     pub(super) log: PathBuf,
+    /// Its share of the machine's cores: more threads would only wake each other.
+    worker_threads: usize,
     /// Further words of its command line.
     pub(super) arguments: Vec<OsString>,
     /// Further variables of its environment.
@@ -55,12 +57,15 @@ impl Brokers {
     /// Brokers 1 to `count` with their data below `directory`, not yet running.
     pub(super) fn prepare(count: u32, directory: &Path, ports: Ports) -> anyhow::Result<Self> {
         let addresses = addresses(count, ports)?;
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let share = (cores / addresses.len().max(1)).max(1);
         let broker = |(id, address): (u32, String)| BrokerProcess {
             id,
             listen: address.clone(),
             address,
             directory: directory.join(format!("broker-{id}")),
             log: directory.join(format!("broker-{id}.log")),
+            worker_threads: share,
             arguments: Vec::new(),
             environment: Vec::new(),
             bootstrap: String::new(),
@@ -182,6 +187,7 @@ impl BrokerProcess {
         }
         let child = command
             .args(["serve", "--exit-with-parent"])
+            .args(["--worker-threads", &self.worker_threads.to_string()])
             .args(["--broker-id", &self.id.to_string()])
             .args(["--listen", &self.listen])
             .args(["--advertise", &self.address])

@@ -151,10 +151,13 @@ pub(crate) fn main() -> ExitCode {
     if let Err(error) = start_log(cli.log.as_deref(), default_level(&cli.command)) {
         return fail(&error);
     }
-    let runtime = match tokio::runtime::Builder::new_multi_thread()
-        .enable_all()
-        .build()
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    if let Command::Serve(args) = &cli.command
+        && let Some(threads) = args.worker_threads
     {
+        runtime.worker_threads(usize::from(threads));
+    }
+    let runtime = match runtime.enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(&anyhow::anyhow!("cannot start: {error}")),
     };

@@ -22,6 +22,9 @@ pub(super) struct ServeArgs {
     /// Die at once when the process that started this one does, whatever this one is doing: set by `chaos`
     #[arg(long, hide = true)]
     die_with_parent: bool,
+    /// Threads that the broker computes on; one for each core without it. Brokers that share a machine do better with their share
+    #[arg(long, value_name = "N", env = "LOGBOOM_WORKER_THREADS", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(super) worker_threads: Option<u16>,
     #[command(flatten)]
     flags: Flags,
 }

@@ -33,7 +33,7 @@ use super::wire::{
     AppendAnswer, Heartbeat, Request, Response, Route, SnapshotPiece, append_message,
 };
 use crate::net::{Channel, Lane, Message, NetError, Pending};
-use crate::types::{LeaderEpoch, LogIndex, ReplicaId};
+use crate::types::{GroupId, LeaderEpoch, LogIndex, ReplicaId};
 
 /// How long to wait before a message is tried again that found the queue to its peer full.
 const QUEUE_RETRY: Duration = Duration::from_millis(2);
@@ -104,6 +104,19 @@ fn unreachable(reason: impl fmt::Display) -> RpcError {
 struct InFlight {
     answer: Pending,
     sent: Sent,
+    /// The ends of the logs of requests without entries that went along with it, see [`Held`].
+    carried: Vec<Option<LogId>>,
+}
+
+/// A request that waits to be sent.
+///
+/// One without entries tells the follower how far the log is committed. Nobody waits for that, and the next entries, or the next
+/// heartbeat, tell it as well: so it waits for entries to go along with, and costs no message of its own while there are some. It
+/// is answered when they are: what holds for a follower that has them holds for what stands in front of them.
+struct Held {
+    request: AppendRequest,
+    /// A request without entries goes alone then.
+    until: Instant,
 }
 
 /// What must be known of a request when its answer comes.
@@ -223,8 +236,12 @@ struct Pipe<S> {
     input_ended: bool,
     stage: Stage,
     inflight: VecDeque<InFlight>,
-    /// Requests that wait: for the in-sync followers, when this is the way to a witness, or for room in the queue.
-    held: VecDeque<AppendRequest>,
+    /// Requests that wait: for the in-sync followers, when this is the way to a witness, for room in the queue, or for company.
+    held: VecDeque<Held>,
+    /// What goes along with the next request.
+    carried: Vec<Option<LogId>>,
+    /// Answers to what went along, in front of the next one.
+    ready: VecDeque<Item>,
     /// Whether the queue to the peer was full at the last attempt.
     full: bool,
     progress: watch::Receiver<u64>,
@@ -242,6 +259,8 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
             stage: Stage::New,
             inflight: VecDeque::new(),
             held: VecDeque::new(),
+            carried: Vec::new(),
+            ready: VecDeque::new(),
             full: false,
             progress,
         }
@@ -251,12 +270,40 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
         self.client.route.to.is_witness()
     }
 
+    /// Takes a request from openraft.
+    fn hold(&mut self, request: AppendRequest) {
+        // The metadata is to be known everywhere at once.
+        let linger = if self.client.route.group == GroupId::CONTROLLER {
+            Duration::ZERO
+        } else {
+            self.client.context.config.heartbeat_interval
+        };
+        let until = Instant::now() + linger;
+        self.held.push_back(Held { request, until });
+    }
+
+    /// When the first waiting request goes, if it waits for company.
+    fn alone_at(&self) -> Option<Instant> {
+        let front = self.held.front()?;
+        (front.request.entries.is_empty() && !self.input_ended).then_some(front.until)
+    }
+
     /// The part of the first waiting request that may be sent now.
     fn next_sendable(&mut self) -> Option<AppendRequest> {
+        while self.held.len() > 1
+            && let Some(front) = self.held.front()
+            && front.request.entries.is_empty()
+        {
+            self.carried.push(front.request.prev_log_id);
+            self.held.pop_front();
+        }
+        if self.alone_at().is_some_and(|at| at > Instant::now()) {
+            return None;
+        }
         let gated = self.is_gated();
-        let front = self.held.front_mut()?;
+        let front = &mut self.held.front_mut()?.request;
         let Some(first) = front.entries.first() else {
-            return self.held.pop_front();
+            return self.held.pop_front().map(|held| held.request);
         };
         if gated {
             let epoch = LeaderEpoch(front.vote.leader_id().term);
@@ -281,7 +328,7 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                 });
             }
         }
-        self.held.pop_front()
+        self.held.pop_front().map(|held| held.request)
     }
 
     /// Sends what may be sent.
@@ -300,10 +347,12 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                     self.inflight.push_back(InFlight {
                         answer: pending,
                         sent,
+                        carried: std::mem::take(&mut self.carried),
                     });
                 }
                 Err(NetError::Full { .. }) => {
-                    self.held.push_front(kept);
+                    let (request, until) = (kept, Instant::now());
+                    self.held.push_front(Held { request, until });
                     self.full = true;
                     return Ok(());
                 }
@@ -318,13 +367,26 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
             return Err(unreachable("an answer without a question"));
         };
         let answer = answer.map_err(unreachable)?;
-        match Response::decode(&answer).map_err(unreachable)? {
+        let item = match Response::decode(&answer).map_err(unreachable)? {
             Response::Append(answer) => self.client.conclude(&inflight.sent, answer),
             Response::Refused(refusal) => Err(unreachable(refusal)),
             _ => Err(unreachable(format!(
                 "{} gave an answer of another kind",
                 self.client.route.to
             ))),
+        };
+        if inflight.carried.is_empty() || !matches!(item, Ok(Ok(_))) {
+            return item;
+        }
+        let mut items = inflight.carried.into_iter().map(|end| Ok(Ok(end)));
+        let first = items.next();
+        self.ready.extend(items);
+        match first {
+            Some(first) => {
+                self.ready.push_back(item);
+                first
+            }
+            None => item,
         }
     }
 
@@ -347,7 +409,11 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
             };
             self.stage = Stage::Running;
             let epoch = LeaderEpoch(first.vote.leader_id().term);
-            self.held.push_back(first);
+            // The first one asks where the follower stands.
+            self.held.push_back(Held {
+                request: first,
+                until: Instant::now(),
+            });
             if self
                 .client
                 .replica
@@ -356,6 +422,9 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                 let error = self.client.lost_data();
                 return Some(self.fail(error));
             }
+        }
+        if let Some(item) = self.ready.pop_front() {
+            return Some(item);
         }
         loop {
             // Seen before the gate is looked at, so that a change in between is not missed.
@@ -371,6 +440,7 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
             let can_pull = !self.input_ended && self.inflight.len() + self.held.len() < limit;
             let gate_waits = self.is_gated() && !self.held.is_empty();
             let full = self.full;
+            let alone_at = self.alone_at();
             let front = self
                 .inflight
                 .front_mut()
@@ -385,7 +455,7 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                     return Some(item);
                 }
                 next = self.input.next(), if can_pull => match next {
-                    Some(request) => self.held.push_back(request),
+                    Some(request) => self.hold(request),
                     None => self.input_ended = true,
                 },
                 changed = self.progress.changed(), if gate_waits => {
@@ -394,6 +464,7 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                     }
                 }
                 () = tokio::time::sleep(QUEUE_RETRY), if full => {}
+                () = tokio::time::sleep_until(alone_at.unwrap_or_else(Instant::now)), if alone_at.is_some() => {}
             }
         }
     }

@@ -23,6 +23,8 @@ use crate::types::{EntryId, GroupId, LogIndex};
 
 /// Frames that may wait for the cataloger; beyond it the committer waits.
 const FACTS_MAX: usize = 1 << 19;
+/// The cataloger is woken for so many frames: nobody waits for it, and a wakeup for each commit would cost more than its work.
+const FACTS_WORTH_WAKING: usize = 64;
 /// Changed blocks kept in memory before they are written.
 const PENDING_MAX: usize = 8192;
 
@@ -57,8 +59,11 @@ impl CatalogQueue {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.facts.extend(facts);
+        let wakes = state.facts.len() >= FACTS_WORTH_WAKING;
         drop(state);
-        drive::wake(&self.wake);
+        if wakes {
+            drive::wake(&self.wake);
+        }
     }
 
     /// Nothing more will come.
@@ -83,7 +88,8 @@ impl CatalogQueue {
     async fn next(&self) -> Option<Vec<Fact>> {
         let work = |state: &mut State| {
             let over = state.facts.is_empty() && state.closed;
-            (!state.facts.is_empty() || state.nudged || state.closed).then_some(!over)
+            let enough = state.facts.len() >= FACTS_WORTH_WAKING;
+            (enough || state.nudged || state.closed).then_some(!over)
         };
         let more = drive::wait(&self.wake, &self.state, work).await;
         more.then(|| self.drain())
