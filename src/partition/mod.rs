@@ -61,6 +61,10 @@ pub struct PartitionLimits {
     pub entry_bytes_max: usize,
     /// Raft entries of this partition between proposal and commit.
     pub inflight_entries_max: usize,
+    /// An entry below so many bytes is a small one.
+    pub small_entry_bytes: usize,
+    /// Raft entries between proposal and commit behind which a small one may follow.
+    pub inflight_small_entries_max: usize,
 }
 
 impl Default for PartitionLimits {
@@ -71,6 +75,8 @@ impl Default for PartitionLimits {
             // A mebibyte beside the largest batch that a topic can allow.
             entry_bytes_max: (1 << 20) + (16 << 20),
             inflight_entries_max: 8,
+            small_entry_bytes: 32 << 10,
+            inflight_small_entries_max: 1,
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The way of a produce request: checked, queued in order, put into a Raft entry with its neighbours, and answered.
 //!
 //! Owns the queue, the entries in flight, and the requests that are committed but wait for more copies. One task per partition
-//! orders everything; it adds no wait: what has queued up while entries were in flight goes into the next one.
+//! orders everything; when nothing is in flight it adds no wait, and what queues up while something is goes into the next entry.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::state_machine::{Outcome, Verdict, records_command};
-use super::{Inner, Standing, lead};
+use super::{Inner, PartitionLimits, Standing, lead};
 use crate::api::Appended;
 use crate::raft::{RaftError, Role};
 use crate::record::{self, BatchHeader};
@@ -185,76 +185,97 @@ pub(super) fn enqueue(
 /// An entry's requests, and what became of it.
 type Settled = (Vec<Waiter>, Result<(EntryId, Bytes), RaftError>);
 
+/// Requests that wait for the next entry, in order.
+#[derive(Default)]
+struct Waiting {
+    requests: VecDeque<Queued>,
+    bytes: usize,
+}
+
+impl Waiting {
+    /// Takes `first`, and what has queued up behind it, until there is enough for an entry.
+    fn take(&mut self, first: Queued, queue: &mut mpsc::Receiver<Queued>, bytes_max: usize) {
+        let mut request = Some(first);
+        while let Some(queued) = request {
+            self.bytes += queued.records.len();
+            self.requests.push_back(queued);
+            request = (self.bytes < bytes_max)
+                .then(|| queue.try_recv().ok())
+                .flatten();
+        }
+    }
+
+    /// The requests of one entry: as many as fit, at least one.
+    fn entry(&mut self, bytes_max: usize) -> (Vec<Bytes>, Vec<Waiter>) {
+        let (mut parts, mut waiters, mut bytes) = (Vec::new(), Vec::new(), 0_usize);
+        while let Some(next) = self.requests.front() {
+            let size = next.records.len();
+            if !parts.is_empty() && bytes + size > bytes_max {
+                break;
+            }
+            let Some(Queued { records, waiter }) = self.requests.pop_front() else {
+                break;
+            };
+            self.bytes -= size;
+            // Its caller may have given up meanwhile, and was told that nothing happened.
+            if waiter.stage.leave_queue(Stage::PROPOSED) {
+                bytes += size;
+                parts.push(records);
+                waiters.push(waiter);
+            }
+        }
+        (parts, waiters)
+    }
+
+    /// Whether an entry may follow `in_flight` others. An entry costs every replica the same few wakeups whatever is in it: a
+    /// small one waits for its predecessors, and gets company meanwhile.
+    fn may_leave(&self, in_flight: usize, limits: &PartitionLimits) -> bool {
+        let most = if self.bytes < limits.small_entry_bytes {
+            limits.inflight_small_entries_max
+        } else {
+            limits.inflight_entries_max
+        };
+        !self.requests.is_empty() && in_flight < most.max(1)
+    }
+}
+
 /// The proposer's task.
 pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
+    let bytes_max = inner.limits.entry_bytes_max;
     let mut in_flight = FuturesOrdered::new();
-    let mut next: Option<Queued> = None;
+    let mut waiting = Waiting::default();
     loop {
-        let has_room = in_flight.len() < inner.limits.inflight_entries_max.max(1);
+        while waiting.may_leave(in_flight.len(), &inner.limits) {
+            let (parts, waiters) = waiting.entry(bytes_max);
+            if waiters.is_empty() {
+                continue;
+            }
+            let refused = {
+                let gate = inner.gate.borrow();
+                // Asked again: much may have queued up since, and none of it has been proposed.
+                inner.serving(&gate).err().or_else(|| (inner.room)().err())
+            };
+            if let Some(error) = refused {
+                refuse_all(waiters, &error);
+                continue;
+            }
+            match inner.group.propose(records_command(parts.iter())).await {
+                Ok(proposal) => in_flight.push_back(async move {
+                    let applied = proposal.applied().await;
+                    (waiters, applied)
+                }),
+                Err(error) => settle(&inner, (waiters, Err(error))),
+            }
+        }
         tokio::select! {
             biased;
             Some(settled) = in_flight.next() => settle(&inner, settled),
-            // Ready at once when a request is left over from the last entry.
-            first = first_request(&mut next, &mut queue), if has_room => {
+            first = queue.recv(), if waiting.bytes < bytes_max => {
                 let Some(first) = first else { return };
-                let (parts, waiters) = gather(&inner, first, &mut next, &mut queue);
-                if waiters.is_empty() {
-                    continue;
-                }
-                let refused = {
-                    let gate = inner.gate.borrow();
-                    // Asked again: much may have queued up since, and none of it has been proposed.
-                    inner.serving(&gate).err().or_else(|| (inner.room)().err())
-                };
-                if let Some(error) = refused {
-                    refuse_all(waiters, &error);
-                    continue;
-                }
-                match inner.group.propose(records_command(parts.iter())).await {
-                    Ok(proposal) => in_flight.push_back(async move {
-                        let applied = proposal.applied().await;
-                        (waiters, applied)
-                    }),
-                    Err(error) => settle(&inner, (waiters, Err(error))),
-                }
+                waiting.take(first, &mut queue, bytes_max);
             }
         }
     }
-}
-
-async fn first_request(
-    next: &mut Option<Queued>,
-    queue: &mut mpsc::Receiver<Queued>,
-) -> Option<Queued> {
-    match next.take() {
-        Some(request) => Some(request),
-        None => queue.recv().await,
-    }
-}
-
-/// The requests of one entry: `first` and what has queued up behind it, as far as it fits. The one that does not is left in `next`.
-fn gather(
-    inner: &Inner,
-    first: Queued,
-    next: &mut Option<Queued>,
-    queue: &mut mpsc::Receiver<Queued>,
-) -> (Vec<Bytes>, Vec<Waiter>) {
-    let (mut parts, mut waiters, mut bytes) = (Vec::new(), Vec::new(), 0_usize);
-    let mut request = Some(first);
-    while let Some(Queued { records, waiter }) = request {
-        if !parts.is_empty() && bytes + records.len() > inner.limits.entry_bytes_max {
-            *next = Some(Queued { records, waiter });
-            break;
-        }
-        // Its caller may have given up meanwhile, and was told that nothing happened.
-        if waiter.stage.leave_queue(Stage::PROPOSED) {
-            bytes += records.len();
-            parts.push(records);
-            waiters.push(waiter);
-        }
-        request = queue.try_recv().ok();
-    }
-    (parts, waiters)
 }
 
 /// Answers the requests of an entry, or parks those that wait for more copies.
@@ -393,5 +414,79 @@ pub(super) fn acknowledge(inner: &Arc<Inner>) {
     for (answer, result) in ready {
         // A caller that went away does not want it.
         answer.send(result).ok();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::sync::Semaphore;
+
+    use super::*;
+
+    fn queued(bytes: usize) -> Queued {
+        let permit = Arc::new(Semaphore::new(1)).try_acquire_many_owned(1);
+        Queued {
+            records: vec![0; bytes].into(),
+            waiter: Waiter {
+                batches: Vec::new(),
+                acks: Acks::All,
+                stage: Arc::default(),
+                answer: None,
+                permit: permit.unwrap(),
+            },
+        }
+    }
+
+    /// Goal: nothing waits when nothing is in flight; small requests wait for their predecessors and share an entry, large ones do
+    /// not wait; an entry is bounded, and order kept. Method: a table over what waits and what is in flight; entries taken out.
+    #[tokio::test]
+    async fn small_requests_share_an_entry() {
+        let limits = PartitionLimits {
+            entry_bytes_max: 1_000,
+            inflight_entries_max: 3,
+            small_entry_bytes: 100,
+            inflight_small_entries_max: 1,
+            ..PartitionLimits::default()
+        };
+        let (sender, mut queue) = mpsc::channel(16);
+        let table = [
+            (&[][..], 0, false),
+            (&[10], 0, true),
+            (&[10], 1, false),
+            (&[60, 39], 1, false),
+            (&[60, 40], 1, true),
+            (&[900], 2, true),
+            (&[900], 3, false),
+        ];
+        for (sizes, in_flight, expected) in table {
+            let mut waiting = Waiting::default();
+            for size in sizes {
+                waiting.take(queued(*size), &mut queue, 0);
+            }
+            let leaves = waiting.may_leave(in_flight, &limits);
+            assert_eq!(leaves, expected, "{sizes:?} behind {in_flight}");
+        }
+        for size in [20, 30, 700, 400, 2_000] {
+            sender.try_send(queued(size)).unwrap();
+        }
+        let mut waiting = Waiting::default();
+        let first = queue.try_recv().unwrap();
+        waiting.take(first, &mut queue, limits.entry_bytes_max);
+        assert_eq!(waiting.bytes, 20 + 30 + 700 + 400, "enough for an entry");
+        let mut entry = || -> Vec<usize> {
+            let (parts, waiters) = waiting.entry(limits.entry_bytes_max);
+            assert_eq!(parts.len(), waiters.len());
+            parts.iter().map(Bytes::len).collect()
+        };
+        assert_eq!(entry(), [20, 30, 700]);
+        assert_eq!(entry(), [400]);
+        let large = queue.try_recv().unwrap();
+        let dropped = queued(5);
+        assert!(dropped.waiter.stage.leave_queue(Stage::DROPPED));
+        waiting.take(dropped, &mut queue, 0);
+        waiting.take(large, &mut queue, 0);
+        let (parts, _) = waiting.entry(limits.entry_bytes_max);
+        assert_eq!(parts.len(), 1, "who gave up is left out");
+        assert_eq!((waiting.bytes, parts[0].len()), (0, 2_000));
     }
 }

@@ -71,6 +71,11 @@ impl Link {
                     return End::Dismissed("told so".to_owned());
                 }
                 self.wake.notified().await;
+                if self.is_shared() {
+                    // Whoever else is about to send goes first: what they all have to say leaves in one system call. tokio
+                    // would otherwise run this task right behind the first of them.
+                    tokio::task::yield_now().await;
+                }
                 continue;
             }
             while !batch.is_empty() {
@@ -93,6 +98,12 @@ impl Link {
                 }
             }
         }
+    }
+
+    /// Whether several requests are under way, in either direction.
+    fn is_shared(&self) -> bool {
+        let state = self.lock();
+        state.asked.len() > 1 || state.unanswered > 0
     }
 
     /// Deadlines, signs of life, and silence. Silence is counted in ticks, not in time: after a pause of this whole process
