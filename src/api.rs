@@ -155,6 +155,16 @@ pub enum Request {
         /// Which topics; all when `None`.
         topics: Option<Vec<TopicName>>,
     },
+    /// Between brokers: a broker found the log of its own replica damaged, and asks the controller for a new replica in its
+    /// place.
+    ReportDamage {
+        /// The partition.
+        partition: TopicPartition,
+        /// The damaged replica.
+        replica: ReplicaId,
+        /// The epoch of its last entry: only a leader of this epoch or a later one is known to have all that it had.
+        epoch: LeaderEpoch,
+    },
 }
 
 /// What the leader of a partition reports to the controller.
@@ -388,7 +398,7 @@ pub enum Response {
         /// The controller's leader.
         controller: BrokerId,
     },
-    /// To [`Request::ReportPartitions`].
+    /// To [`Request::ReportPartitions`] and [`Request::ReportDamage`].
     Reported,
     /// To [`Request::AdoptCluster`].
     Adopted,
