@@ -160,6 +160,16 @@ pub enum Request {
         /// Of every broker that can be reached, or of the asked one alone.
         everywhere: bool,
     },
+    /// Between brokers: a broker found the log of its own replica damaged, and asks the controller for a new replica in its
+    /// place.
+    ReportDamage {
+        /// The partition.
+        partition: TopicPartition,
+        /// The damaged replica.
+        replica: ReplicaId,
+        /// The epoch of its last entry: only a leader of this epoch or a later one is known to have all that it had.
+        epoch: LeaderEpoch,
+    },
 }
 
 /// What the leader of a partition reports to the controller.
@@ -406,7 +416,7 @@ pub enum Response {
         /// The controller's leader.
         controller: BrokerId,
     },
-    /// To [`Request::ReportPartitions`].
+    /// To [`Request::ReportPartitions`] and [`Request::ReportDamage`].
     Reported,
     /// To [`Request::AdoptCluster`].
     Adopted,

@@ -206,11 +206,16 @@ async fn create(client: &Client, topic: &NewTopic) -> Result<(), Error> {
     let deadline = Instant::now() + Duration::from_secs(60);
     loop {
         match client.admin().create_topic(topic.clone()).await {
-            Ok(_) | Err(Error::TopicExists { .. }) => return Ok(()),
-            // Not all brokers have come yet.
+            Ok(created) if created.warnings.is_empty() => return Ok(()),
+            // Not all brokers were heard: it has no witness, and could lose too little.
+            Ok(_) | Err(Error::TopicExists { .. }) => {
+                client.admin().delete_topic(&topic.name).await.ok(); // asked for again
+            }
             Err(error) if Instant::now() >= deadline => return Err(error),
-            Err(_) => tokio::time::sleep(Duration::from_millis(50)).await,
+            // Not all brokers have come yet.
+            Err(_) => {}
         }
+        tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
 

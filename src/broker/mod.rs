@@ -25,7 +25,7 @@ use crate::controller::{self, ClusterMetadata, Controller, ControllerConfig};
 use crate::net::{
     Channel, Handler, Identity, Lane, Message, Net, NetConfig, Origin, PeerState, Reply,
 };
-use crate::raft::{Group, Groups, RaftConfig};
+use crate::raft::{Group, Groups, RaftConfig, Role};
 use crate::runtime::{Tasks, spawn_blocking};
 #[cfg(any(test, feature = "testkit"))]
 use crate::storage::MemDisk;
@@ -304,6 +304,25 @@ impl Broker {
                 context.fail(Error::Failed {
                     reason: error.to_string(),
                 });
+            }
+        });
+        context.tasks.spawn({
+            let context = context.clone();
+            async move {
+                let mut status = context.controller_group.status();
+                let stopped = status.wait_for(|status| status.role == Role::Stopped).await;
+                // Without it this broker would go by metadata that never changes again.
+                if stopped.is_ok()
+                    && let Some(damage) = context.groups.damage(GroupId::CONTROLLER)
+                {
+                    context.fail(Error::Failed {
+                        reason: format!(
+                            "the controller's log is damaged: {}; move the data directory away and start the broker empty, it \
+                             will rejoin with new replicas",
+                            damage.what
+                        ),
+                    });
+                }
             }
         });
         context

@@ -1,7 +1,8 @@
 //! Brings the replicas on this broker in line with the cluster's metadata, from whatever it finds.
 //!
 //! Owns the partitions that run here, and publishes them by name. Starts, creates and deletes local replicas; on the leader of
-//! a group drives its members towards the assignment; tells the controller what the leaders here see. Decides nothing itself:
+//! a group drives its members towards the assignment; tells the controller what the leaders here see, and which replicas here
+//! have to be replaced because their logs are damaged. Decides nothing itself:
 //! the steps are planned in `plan`. Steps of one group follow one another, steps of different groups run side by side, a
 //! bounded number of them; a failed one is tried again later, ever less often.
 //!
@@ -29,7 +30,7 @@ use crate::controller::ClusterMetadata;
 use crate::partition::{Endpoints, Partition, PartitionLimits, Room};
 use crate::raft::{Group, Groups, Role};
 use crate::runtime::Tasks;
-use crate::types::{BrokerId, Error, TopicName, TopicPartition};
+use crate::types::{BrokerId, Error, LeaderEpoch, ReplicaId, TopicName, TopicPartition};
 
 use steps::hand_over;
 use work::State;
@@ -40,6 +41,14 @@ const STEPS_MAX: usize = 64;
 /// Sends reports to the controller; `Ok` when they are recorded.
 pub type Reporter =
     Arc<dyn Fn(Vec<PartitionReport>) -> BoxFuture<'static, Result<(), Error>> + Send + Sync>;
+
+/// Asks the controller for a new replica in the place of one of this broker whose log is damaged, given with the epoch of its last
+/// entry; `Ok` when that is decided, [`Error::Refused`] while it must stay.
+pub type DamageReporter = Arc<
+    dyn Fn(TopicPartition, ReplicaId, LeaderEpoch) -> BoxFuture<'static, Result<(), Error>>
+        + Send
+        + Sync,
+>;
 
 /// What the reconciler needs of the broker around it.
 #[derive(Clone)]
@@ -60,6 +69,8 @@ pub struct ReconcilerPorts {
     pub room: Room,
     /// How the controller is told what leaders see.
     pub report: Reporter,
+    /// How the controller is told of a damaged replica.
+    pub report_damage: DamageReporter,
 }
 
 impl fmt::Debug for ReconcilerPorts {

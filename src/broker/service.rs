@@ -207,6 +207,7 @@ fn ready(answer: Result<Response, Error>) -> BoxFuture<'static, Result<Response,
 fn check_sender(request: &Request, from: Option<BrokerId>) -> Result<(), Error> {
     let may = match request {
         Request::ReportPartitions { broker, .. } => from == Some(*broker),
+        Request::ReportDamage { replica, .. } => from == Some(replica.broker()),
         Request::MoveLeader { .. } | Request::DescribeLed { .. } => from.is_some(),
         // Also `RegisterBroker` and `AdoptCluster`: a broker that is not admitted yet comes as a client.
         _ => true,
@@ -384,6 +385,14 @@ pub(super) async fn answer_as_controller(
             };
             controller.submit(command).await.map(|_| Response::Reported)
         }
+        Request::ReportDamage {
+            partition,
+            replica,
+            epoch,
+        } => {
+            let replaced = controller.replace_damaged(partition, replica, epoch);
+            replaced.await.map(|()| Response::Reported)
+        }
         Request::ElectLeaders => controller.elect_leaders().await.map(Response::Elected),
         _ => Err(Error::InvalidRequest {
             reason: "not a request for the controller".to_owned(),
@@ -548,6 +557,7 @@ async fn metadata(
 /// What the reconciler needs of the broker around it.
 pub(super) fn reconciler_ports(context: &BrokerContext) -> ReconcilerPorts {
     let (room_context, report_context) = (context.clone(), context.clone());
+    let damage_context = context.clone();
     let images = context.controller.metadata();
     ReconcilerPorts {
         broker: context.id,
@@ -578,6 +588,18 @@ pub(super) fn reconciler_ports(context: &BrokerContext) -> ReconcilerPorts {
             Box::pin(async move {
                 let position = context.store.position();
                 report(&context, reports, position).await
+            })
+        }),
+        report_damage: Arc::new(move |partition, replica, epoch| {
+            let context = damage_context.clone();
+            Box::pin(async move {
+                let request = Request::ReportDamage {
+                    partition,
+                    replica,
+                    epoch,
+                };
+                let answer = context.ask_controller(request, PEER_TIMEOUT).await;
+                answer.map(|_| ())
             })
         }),
     }

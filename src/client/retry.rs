@@ -37,6 +37,7 @@ impl Repeat {
             | Request::AdoptCluster { .. }
             | Request::Reassign { .. }
             | Request::Drain { .. }
+            | Request::ReportDamage { .. }
             | Request::MoveLeader { .. } => Self::Idempotent,
             Request::Produce { .. }
             | Request::CreateTopic { .. }

@@ -6,6 +6,7 @@
 //! Does not place replicas (`placement`) and does not talk to Raft (`machine`).
 
 mod command;
+mod damage;
 mod reassign;
 mod records;
 
@@ -147,6 +148,11 @@ impl ClusterMetadata {
                 self.next_producer_id = next;
                 Ok(Answer::ProducerId(id))
             }
+            Command::ReplaceDamaged {
+                partition,
+                replica,
+                epoch,
+            } => self.replace_damaged(&partition, replica, epoch),
         }
     }
 

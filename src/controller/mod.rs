@@ -31,7 +31,9 @@ use tokio::time::Instant;
 use crate::config::TopicConfig;
 use crate::raft::{Group, RaftError};
 use crate::runtime::Tasks;
-use crate::types::{BrokerId, Error, LogIndex, ReplicaId, TopicName, TopicPartition, decode};
+use crate::types::{
+    BrokerId, Error, LeaderEpoch, LogIndex, ReplicaId, TopicName, TopicPartition, decode,
+};
 
 pub use machine::{MetadataMachine, machine};
 pub use metadata::{Answer, ClusterMetadata, Command};
@@ -273,6 +275,29 @@ impl Controller {
                 .await?;
         }
         Ok(plan)
+    }
+
+    /// Has a new replica made in the place of the damaged `replica`, whose last entry is of `epoch`; see
+    /// [`Command::ReplaceDamaged`]. On the leader only, as [`Controller::submit`].
+    pub async fn replace_damaged(
+        &self,
+        partition: TopicPartition,
+        replica: ReplicaId,
+        epoch: LeaderEpoch,
+    ) -> Result<(), Error> {
+        if !self.0.group.status().borrow().is_serving() {
+            return Err(Error::ControllerUnavailable);
+        }
+        // What is refused is asked again and again: the log does not grow by it.
+        let image = self.0.images.borrow().clone();
+        image.check_damaged(&partition, replica, epoch)?;
+        self.submit(Command::ReplaceDamaged {
+            partition,
+            replica,
+            epoch,
+        })
+        .await
+        .map(|_| ())
     }
 
     /// A plan that takes account of the topics being created, and is itself taken account of until the ticket is dropped.

@@ -18,7 +18,7 @@ use super::wire::{AppendAnswer, Refusal, Request, Response, Route};
 use super::{RaftConfig, RaftError, StateMachine, failover, heartbeat};
 use crate::net::{Message, Net, Origin, PeerState, Reply};
 use crate::runtime::Tasks;
-use crate::storage::Store;
+use crate::storage::{Damage, Store};
 use crate::types::{BrokerId, GroupId, ReplicaId, decode};
 
 /// Starts, stops and deletions of different groups that can go on at the same time.
@@ -199,6 +199,11 @@ impl Groups {
     /// The groups in the store with the replica each belongs to, running or not.
     pub fn stored(&self) -> Vec<(GroupId, ReplicaId)> {
         self.inner.store.groups()
+    }
+
+    /// The damage found in the log of `id`, which cannot be started any more.
+    pub fn damage(&self, id: GroupId) -> Option<Damage> {
+        self.inner.store.damage(id)
     }
 
     /// Stops a group's local replica; its data stays.

@@ -22,8 +22,8 @@ use super::frame::{FRAME_HEADER, Frame, Kind, PAYLOAD_MAX, entry_code};
 use super::group::{Group, Kept, Log, Source, id};
 use super::ledger::{self, Place};
 use super::{
-    Checkpoint, DirectoryIdentity, Flushed, Flushes, LogEntry, LogState, StorageError, StoreConfig,
-    identity, lock,
+    Checkpoint, Damage, DirectoryIdentity, Flushed, Flushes, LogEntry, LogState, StorageError,
+    StoreConfig, identity, lock,
 };
 use crate::runtime::spawn_blocking;
 use crate::types::{BrokerId, ClusterId, EntryId, GroupId, LogIndex, ReplicaId};
@@ -185,6 +185,17 @@ impl Store {
         let groups: Vec<Arc<Group>> = lock(&self.core.groups).values().cloned().collect();
         let replica = |group: Arc<Group>| (group.id, group.lock().replica);
         groups.into_iter().map(replica).collect()
+    }
+
+    /// The damage of `group`'s log, found since the store was opened.
+    pub fn damage(&self, group: GroupId) -> Option<Damage> {
+        let group = self.core.group(group)?;
+        let log = group.lock();
+        let what = log.damaged.clone()?;
+        Some(Damage {
+            what,
+            last: log.last,
+        })
     }
 
     /// The log of `replica` of `group`, created when it is not there; refused when the group's log belongs to
@@ -362,8 +373,14 @@ impl GroupStore {
     /// Notes damage for good: who has lost something durable must not vote or acknowledge as if it had it.
     fn quarantine(&self, what: String) -> StorageError {
         let mut log = self.group.lock();
+        let is_news = log.damaged.is_none();
         let first = log.damaged.get_or_insert(what).clone();
+        let replica = log.replica;
         drop(log);
+        if is_news {
+            let group = self.group.id;
+            tracing::error!(%group, %replica, what = %first, "the log of a replica is damaged, it takes no part any more");
+        }
         self.core.damaged(first)
     }
 

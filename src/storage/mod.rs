@@ -83,6 +83,15 @@ pub struct Checkpoint {
     pub state: Bytes,
 }
 
+/// What is wrong with a group's log that takes and gives nothing any more.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Damage {
+    /// What was found, where.
+    pub what: String,
+    /// The last entry that it had.
+    pub last: Option<EntryId>,
+}
+
 /// What a group's log holds.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct LogState {

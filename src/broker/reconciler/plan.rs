@@ -17,11 +17,24 @@ pub(super) enum LocalStep {
     Rest,
     /// Start it, creating it when it is not stored.
     Start,
+    /// Its log is damaged: ask the controller for a new replica in its place.
+    AskForNew,
     /// Stop it, and delete what is stored.
     Delete,
 }
 
-/// The next step for a group of which `found` is stored here, and runs if `is_running`; `wanted` is the replica that this
+/// How the replica that is stored here is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Condition {
+    /// It could run.
+    Idle,
+    /// It runs, or has stopped by itself and not been taken down yet.
+    Running,
+    /// Its log is damaged: it will never run again.
+    Damaged,
+}
+
+/// The next step for a group of which `found` is stored here in this `condition`; `wanted` is the replica that this
 /// broker should hold by the image, and `knows` tells whether the image is younger than a replica.
 ///
 /// Nothing is deleted because an image does not show it yet: only an image that knows the replica can have dropped it. A
@@ -29,17 +42,15 @@ pub(super) enum LocalStep {
 pub(super) fn local_step(
     wanted: Option<ReplicaId>,
     found: Option<ReplicaId>,
-    is_running: bool,
+    condition: Condition,
     knows: impl Fn(ReplicaId) -> bool,
 ) -> LocalStep {
     match (wanted, found) {
-        (Some(wanted), Some(found)) if wanted == found => {
-            if is_running {
-                LocalStep::Rest
-            } else {
-                LocalStep::Start
-            }
-        }
+        (Some(wanted), Some(found)) if wanted == found => match condition {
+            Condition::Idle => LocalStep::Start,
+            Condition::Running => LocalStep::Rest,
+            Condition::Damaged => LocalStep::AskForNew,
+        },
         (_, Some(found)) if knows(found) => LocalStep::Delete,
         (_, Some(_)) | (None, None) => LocalStep::Rest,
         (Some(_), None) => LocalStep::Start,
@@ -216,33 +227,52 @@ mod tests {
     }
 
     /// Goal: replicas are started and deleted only for the right reason, above all never deleted because the image is old.
-    /// Method: a table over wanted, found, running, and the youngest replica that the image knows.
+    /// Method: a table over wanted, found, its condition, and the youngest replica that the image knows.
     #[test]
     fn a_replica_is_deleted_only_by_an_image_that_knows_it() {
-        use LocalStep::{Delete, Rest, Start};
+        use Condition::{Damaged, Idle, Running};
+        use LocalStep::{AskForNew, Delete, Rest, Start};
         let table = [
-            ("nothing", None, None, false, 9, Rest),
-            ("new", Some(5), None, false, 9, Start),
-            ("after a restart", Some(5), Some(5), false, 9, Start),
-            ("running", Some(5), Some(5), true, 9, Rest),
-            ("topic deleted", None, Some(5), true, 9, Delete),
-            ("topic deleted while away", None, Some(5), false, 5, Delete),
-            ("image older than the topic", None, Some(5), true, 4, Rest),
-            ("image empty", None, Some(5), false, 0, Rest),
-            ("replaced on this broker", Some(7), Some(5), true, 7, Delete),
+            ("nothing", None, None, Idle, 9, Rest),
+            ("new", Some(5), None, Idle, 9, Start),
+            ("after a restart", Some(5), Some(5), Idle, 9, Start),
+            ("running", Some(5), Some(5), Running, 9, Rest),
+            ("topic deleted", None, Some(5), Running, 9, Delete),
+            ("topic deleted while away", None, Some(5), Idle, 5, Delete),
+            (
+                "image older than the topic",
+                None,
+                Some(5),
+                Running,
+                4,
+                Rest,
+            ),
+            ("image empty", None, Some(5), Idle, 0, Rest),
+            (
+                "replaced on this broker",
+                Some(7),
+                Some(5),
+                Running,
+                7,
+                Delete,
+            ),
+            ("damaged", Some(5), Some(5), Damaged, 5, AskForNew),
+            ("damaged, replaced", Some(7), Some(5), Damaged, 7, Delete),
+            ("damaged, topic deleted", None, Some(5), Damaged, 5, Delete),
+            ("damaged, image old", None, Some(5), Damaged, 4, Rest),
             (
                 "image older than the replacement",
                 Some(5),
                 Some(7),
-                true,
+                Running,
                 6,
                 Rest,
             ),
         ];
-        for (name, wanted, found, is_running, youngest, step) in table {
+        for (name, wanted, found, condition, youngest, step) in table {
             let (wanted, found) = (wanted.map(|e| data(1, e)), found.map(|e| data(1, e)));
             let knows = |replica: ReplicaId| replica.epoch() <= youngest;
-            assert_eq!(local_step(wanted, found, is_running, knows), step, "{name}");
+            assert_eq!(local_step(wanted, found, condition, knows), step, "{name}");
         }
     }
 

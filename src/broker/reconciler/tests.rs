@@ -213,6 +213,7 @@ impl Cluster {
         controller: &Controller,
     ) -> ReconcilerPorts {
         let (peers, images) = (self.peers.clone(), controller.metadata());
+        let damage_peers = peers.clone();
         ReconcilerPorts {
             broker,
             groups: groups.clone(),
@@ -229,6 +230,13 @@ impl Cluster {
                     position: 0,
                 };
                 Box::pin(async move { submit(&peers, command).await.map(|_| ()) })
+            }),
+            report_damage: Arc::new(move |partition, replica, epoch| {
+                let controller = controller_of(&damage_peers);
+                Box::pin(async move {
+                    let controller = controller.ok_or(Error::ControllerUnavailable)?;
+                    controller.replace_damaged(partition, replica, epoch).await
+                })
             }),
         }
     }

@@ -19,7 +19,7 @@ use crate::partition::{Partition, PartitionSpec};
 use crate::raft::{GroupStatus, RaftError, Role};
 use crate::types::{Error, GroupId, LeaderEpoch, ReplicaId, TopicPartition};
 
-use super::plan::{LocalStep, founding_delay, local_step};
+use super::plan::{Condition, LocalStep, founding_delay, local_step};
 use super::reports::{Reported, Reports};
 use super::steps::{Members, settle_members};
 use super::{Inner, STEPS_MAX};
@@ -84,6 +84,8 @@ pub(super) enum Outcome {
     Started(Box<(Partition, Wanted)>),
     Deleted,
     Stopped,
+    /// The controller has decided on a new replica in the place of a damaged one.
+    Replaced,
     Founded,
     /// The members are settled and committed.
     Settled(Members),
@@ -117,6 +119,8 @@ pub(super) struct State {
     /// The busy ones whose members are being changed.
     settling: BTreeSet<GroupId>,
     retries: BTreeMap<GroupId, Retry>,
+    /// Why the last steps of groups were refused, as it was logged.
+    refusals: BTreeMap<GroupId, String>,
     steps: FuturesUnordered<BoxFuture<'static, Done>>,
 }
 
@@ -139,6 +143,7 @@ impl State {
             busy: BTreeSet::new(),
             settling: BTreeSet::new(),
             retries: BTreeMap::new(),
+            refusals: BTreeMap::new(),
             steps: FuturesUnordered::new(),
         }
     }
@@ -291,7 +296,13 @@ impl State {
         let image = Arc::clone(&self.image);
         let knows = |replica| image.knows(replica);
         let me = wanted.map(|wanted| wanted.me);
-        match local_step(me, found, running.is_some(), knows) {
+        let groups = &self.inner.ports.groups;
+        let condition = match hosted {
+            Some(_) => Condition::Running,
+            None if groups.damage(group).is_some() => Condition::Damaged,
+            None => Condition::Idle,
+        };
+        match local_step(me, found, condition, knows) {
             LocalStep::Delete => {
                 let partition = hosted.map(|hosted| hosted.partition.clone());
                 self.begin_delete(group, partition);
@@ -299,6 +310,11 @@ impl State {
             LocalStep::Start => {
                 if let Some(wanted) = wanted.cloned() {
                     self.begin_start(group, wanted);
+                }
+            }
+            LocalStep::AskForNew => {
+                if let Some(wanted) = wanted.cloned() {
+                    self.begin_ask(group, wanted);
                 }
             }
             LocalStep::Rest => {
@@ -317,6 +333,7 @@ impl State {
         self.unsettled.remove(&group);
         self.reports.forget(group);
         self.retries.remove(&group);
+        self.refusals.remove(&group);
     }
 
     /// The next step for a replica that runs and should.
@@ -399,12 +416,13 @@ impl State {
             self.inner.withdraw(partition);
         }
         let groups = self.inner.ports.groups.clone();
+        let was_damaged = groups.damage(group).is_some();
         self.begin(group, async move {
             if let Some(partition) = partition {
                 partition.stop().await;
             }
             groups.delete(group).await.map_err(|error| failed(&error))?;
-            tracing::info!(%group, "deleted a replica that is no longer assigned here");
+            tracing::info!(%group, was_damaged, "deleted a replica that is no longer assigned here");
             Ok(Outcome::Deleted)
         });
     }
@@ -412,11 +430,29 @@ impl State {
     /// Takes down a replica that has stopped by itself, so that it is started again.
     fn begin_stop(&mut self, group: GroupId, partition: Partition) {
         let reason = partition.group().stop_reason().unwrap_or_default();
-        tracing::warn!(%group, partition = %partition.id(), %reason, "a replica has stopped, starting it again");
+        // Damage was said where it was found.
+        if self.inner.ports.groups.damage(group).is_none() {
+            tracing::warn!(%group, partition = %partition.id(), %reason, "a replica has stopped, starting it again");
+        }
         self.inner.withdraw(&partition);
         self.begin(group, async move {
             partition.stop().await;
             Ok(Outcome::Stopped)
+        });
+    }
+
+    /// Asks the controller for a new replica in the place of the one found damaged.
+    fn begin_ask(&mut self, group: GroupId, wanted: Wanted) {
+        let Some(damage) = self.inner.ports.groups.damage(group) else {
+            return;
+        };
+        let Wanted { name, me, .. } = wanted;
+        let epoch = damage.last.map_or(LeaderEpoch(0), |last| last.epoch);
+        let asked = (self.inner.ports.report_damage)(name.clone(), me, epoch);
+        self.begin(group, async move {
+            asked.await?;
+            tracing::info!(partition = %name, replica = %me, "a damaged replica is replaced by a new one");
+            Ok(Outcome::Replaced)
         });
     }
 
@@ -487,7 +523,12 @@ impl State {
                     .get(&group)
                     .map(|wanted| wanted.name.to_string());
                 let partition = name.unwrap_or_else(|| format!("group {group}"));
-                if failures.is_power_of_two() || failures == 0 {
+                if let Error::Refused { reason } = &error {
+                    // Once, and again when the reason is another one.
+                    if self.refusals.insert(group, reason.clone()).as_ref() != Some(reason) {
+                        tracing::warn!(%partition, %error, "a step is refused, trying it again later");
+                    }
+                } else if failures.is_power_of_two() || failures == 0 {
                     tracing::warn!(%partition, %error, failures, "a step failed, trying it again");
                 }
             }
@@ -513,6 +554,17 @@ impl State {
                     group,
                     Retry {
                         failures: 0,
+                        at: now + RESTART_PAUSE,
+                    },
+                );
+            }
+            Outcome::Replaced => {
+                self.refusals.remove(&group);
+                // The image will show it; if it does not, ask again.
+                self.retries.insert(
+                    group,
+                    Retry {
+                        failures: 1,
                         at: now + RESTART_PAUSE,
                     },
                 );

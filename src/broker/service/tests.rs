@@ -47,6 +47,11 @@ async fn a_client_cannot_speak_for_a_broker() {
         change: 0,
     };
     let position = u64::MAX;
+    let damage = Request::ReportDamage {
+        partition: partition.clone(),
+        replica: ReplicaId::new(broker, ReplicaKind::Data, 1),
+        epoch: LeaderEpoch(0),
+    };
     for request in [
         Request::ReportPartitions {
             broker,
@@ -58,6 +63,7 @@ async fn a_client_cannot_speak_for_a_broker() {
             to: ReplicaId::new(broker, ReplicaKind::Data, 1),
         },
         Request::DescribeLed { topics: None },
+        damage,
     ] {
         let shown = format!("{request:?}");
         let answer = ask(&connection, request).await;

@@ -7,8 +7,8 @@ use serde::{Deserialize, Serialize};
 use crate::api::PartitionReport;
 use crate::config::TopicConfig;
 use crate::types::{
-    Assignment, BrokerId, ClusterId, DecodeError, Endpoint, Incarnation, ReplicaId, ReplicaKind,
-    TopicName, TopicPartition, decode, encode,
+    Assignment, BrokerId, ClusterId, DecodeError, Endpoint, Incarnation, LeaderEpoch, ReplicaId,
+    ReplicaKind, TopicName, TopicPartition, decode, encode,
 };
 
 /// Version of the encoded commands and of the encoded state; another one is not read.
@@ -93,6 +93,16 @@ pub enum Command {
     },
     /// Draws a producer id.
     AllocateProducerId,
+    /// Puts a new replica in the place of one whose log is damaged, on the same broker; refused while the rest of the
+    /// partition is not known to have everything without it. Changes nothing when the broker does not hold it any more.
+    ReplaceDamaged {
+        /// The partition.
+        partition: TopicPartition,
+        /// The damaged replica.
+        replica: ReplicaId,
+        /// The epoch of its last entry.
+        epoch: LeaderEpoch,
+    },
 }
 
 impl Command {

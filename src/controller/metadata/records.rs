@@ -124,7 +124,8 @@ impl PartitionRecord {
         }
     }
 
-    /// Gives `broker`, which came back with an empty data directory, a new replica in the place of the one it lost.
+    /// Gives `broker`, which came back with an empty data directory or found its log damaged, a new replica in the place of
+    /// the one it lost.
     pub(super) fn replace_lost(&mut self, broker: BrokerId, epoch: u32) {
         if let Some(change) = &mut self.replacement {
             change.removing.retain(|replica| replica.broker() != broker);
