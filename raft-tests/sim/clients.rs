@@ -316,7 +316,7 @@ async fn dumps(topic: &str, brokers: &[Rc<RefCell<Cell>>]) -> Vec<ReplicaDump> {
     let mut found = Vec::new();
     for cell in brokers {
         let broker = match &cell.borrow().life {
-            Life::Running(broker) => broker.clone(),
+            Life::Running(broker) => (**broker).clone(),
             _ => continue,
         };
         'replicas: for replica in broker.replicas() {

@@ -71,9 +71,7 @@ pub fn run(seed: u64) -> Outcome {
         outcome.wrong.push(error);
     }
     outcome.story.append(&mut nemesis.log);
-    outcome
-        .wrong
-        .extend(world.control.borrow_mut().late.drain(..));
+    outcome.wrong.append(&mut world.control.borrow_mut().late);
     let panics = std::mem::take(
         &mut *PANICS
             .lock()
@@ -130,7 +128,7 @@ fn drive(
         if over || !outcome.wrong.is_empty() {
             return Ok(());
         }
-        if world.now() - now > FINISH_WITHIN {
+        if world.now() > now + FINISH_WITHIN {
             return Err(format!(
                 "the clients did not end {FINISH_WITHIN:?} after healing"
             ));

@@ -36,7 +36,7 @@ pub enum Life {
     /// The process is starting.
     #[default]
     Starting,
-    Running(Broker),
+    Running(Box<Broker>),
     /// It ended by itself, for this reason.
     Failed(String),
     /// It was told to stop, and did.
@@ -104,7 +104,7 @@ impl Node {
 
     pub fn broker(&self) -> Option<Broker> {
         match &self.cell.borrow().life {
-            Life::Running(broker) => Some(broker.clone()),
+            Life::Running(broker) => Some((**broker).clone()),
             _ => None,
         }
     }
@@ -167,7 +167,7 @@ async fn run_broker(cell: Rc<RefCell<Cell>>) -> turmoil::Result {
             return std::future::pending().await;
         }
     };
-    cell.borrow_mut().life = Life::Running(broker.clone());
+    cell.borrow_mut().life = Life::Running(Box::new(broker.clone()));
     let end = loop {
         tokio::select! {
             biased;

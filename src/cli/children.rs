@@ -57,7 +57,9 @@ impl Brokers {
     /// Brokers 1 to `count` with their data below `directory`, not yet running.
     pub(super) fn prepare(count: u32, directory: &Path, ports: Ports) -> anyhow::Result<Self> {
         let addresses = addresses(count, ports)?;
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        // As many as this process computes on: one for each core.
+        let runtime = tokio::runtime::Handle::try_current();
+        let cores = runtime.map_or(1, |runtime| runtime.metrics().num_workers());
         let share = (cores / addresses.len().max(1)).max(1);
         let broker = |(id, address): (u32, String)| BrokerProcess {
             id,

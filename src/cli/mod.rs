@@ -144,6 +144,13 @@ const LEFTOVERS: Duration = Duration::from_millis(100);
 
 /// Runs the command line of this process.
 pub(crate) fn main() -> ExitCode {
+    let print = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // What sled says of a damaged catalog is logged by whoever repairs it.
+        if !logboom::storage::is_panic_guarded() {
+            print(panic);
+        }
+    }));
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(error) => return usage(&error),

@@ -4,6 +4,7 @@
 //! `ledger.rs` keeps a digest over all pairs beside the journal position they stand for, and throws the catalog
 //! away when the two do not match. Values stay within [`VALUE_MAX`], so that sled never writes a blob file.
 
+use std::cell::Cell;
 use std::fmt;
 use std::path::Path;
 use std::sync::{Condvar, Mutex, PoisonError};
@@ -58,11 +59,25 @@ fn broken(error: sled::Error) -> CatalogError {
     CatalogError(error.to_string())
 }
 
+thread_local! {
+    /// This thread is in [`guarded`] work.
+    static GUARDED: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whether a panic of this thread would be taken for damage of the catalog, and told as such: a process's panic hook need not print
+/// it.
+pub fn is_panic_guarded() -> bool {
+    GUARDED.get()
+}
+
 /// sled panics on some of the damage it finds; here that is an error like any other.
 pub(super) fn guarded<T>(
     work: impl FnOnce() -> Result<T, CatalogError>,
 ) -> Result<T, CatalogError> {
-    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)) {
+    let outer = GUARDED.replace(true);
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(work));
+    GUARDED.set(outer);
+    match result {
         Ok(result) => result,
         Err(panic) => Err(CatalogError(format!(
             "panic: {}",
@@ -290,5 +305,25 @@ pub(super) mod memory {
             self.with(|images| images.flushed = images.applied.clone());
             Ok(())
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a panic within sled is an error, and known as such to a panic hook, on its own thread and only while it lasts. Method: a
+    /// panic in guarded work within guarded work.
+    #[test]
+    fn a_guarded_panic_is_an_error_and_known_as_one() {
+        assert!(!is_panic_guarded());
+        let found = guarded(|| {
+            let inner: Result<(), CatalogError> = guarded(|| panic!("no page {}", 3));
+            let elsewhere = std::thread::scope(|scope| scope.spawn(is_panic_guarded).join());
+            assert!(is_panic_guarded() && !elsewhere.unwrap());
+            inner
+        });
+        assert!(found.unwrap_err().0.contains("no page 3"));
+        assert!(!is_panic_guarded());
     }
 }

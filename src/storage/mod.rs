@@ -34,6 +34,7 @@ mod memdisk;
 mod open;
 mod scan;
 
+pub use catalog::is_panic_guarded;
 pub use fsck::{Finding, FsckReport, Verdict, fsck};
 pub use handle::{GroupStore, Store};
 #[cfg(any(test, feature = "testkit"))]
