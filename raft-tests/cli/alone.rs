@@ -383,7 +383,8 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
                 .await
                 .expect("a line")
                 .expect("not the end");
-            if line.contains("is damaged") {
+            // The line that says which directory, and what to do; another one names the entry.
+            if line.contains("is damaged") && line.contains(data) {
                 return line;
             }
         }

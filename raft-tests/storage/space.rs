@@ -17,6 +17,21 @@ fn journal_bytes(disk: &MemDisk) -> usize {
         .sum()
 }
 
+/// Goal: a purge gives space back although nothing else happens. Method: a few entries over several segments, one purge.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_purge_of_few_entries_gives_space_back() {
+    let disk = MemDisk::new();
+    let store = Place::Memory(disk.clone()).open().unwrap();
+    let log = group(&store, 1);
+    for at in 0..20 {
+        append_durable(&log, entries(1, 1, at, at + 1, 20_000));
+    }
+    let full = journal_bytes(&disk);
+    assert!(full > 400_000, "{full}");
+    log.purge(id(1, 18)).unwrap();
+    eventually("the journal shrinks", || journal_bytes(&disk) < full / 2).await;
+}
+
 /// Goal: purged bytes leave the disk, and nothing else does. Method: fill many segments, purge nearly all, wait until the
 /// disk shrinks; the votes, bases and purge markers of idle groups must survive it, and a loss of power.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -310,9 +310,10 @@ impl Broker {
             let context = context.clone();
             async move {
                 let mut status = context.controller_group.status();
-                let stopped = status.wait_for(|status| status.role == Role::Stopped).await;
+                let stopped = status.wait_for(|status| status.role == Role::Stopped);
+                let stopped = stopped.await.is_ok();
                 // Without it this broker would go by metadata that never changes again.
-                if stopped.is_ok()
+                if stopped
                     && let Some(damage) = context.groups.damage(GroupId::CONTROLLER)
                 {
                     context.fail(Error::Failed {

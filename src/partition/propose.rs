@@ -244,6 +244,7 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
     let bytes_max = inner.limits.entry_bytes_max;
     let mut in_flight = FuturesOrdered::new();
     let mut waiting = Waiting::default();
+    let mut gate = inner.gate.subscribe();
     loop {
         while waiting.may_leave(in_flight.len(), &inner.limits) {
             let (parts, waiters) = waiting.entry(bytes_max);
@@ -270,6 +271,17 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
         tokio::select! {
             biased;
             Some(settled) = in_flight.next() => settle(&inner, settled),
+            // What is in flight may stay so for long when leadership is lost; what waits behind it can be told at once.
+            changed = gate.changed(), if !waiting.requests.is_empty() => {
+                if changed.is_err() {
+                    return;
+                }
+                let refused = inner.serving(&gate.borrow_and_update()).err();
+                if let Some(error) = refused {
+                    let (_, waiters) = waiting.entry(usize::MAX);
+                    refuse_all(waiters, &error);
+                }
+            }
             first = queue.recv(), if waiting.bytes < bytes_max => {
                 let Some(first) = first else { return };
                 waiting.take(first, &mut queue, bytes_max);

@@ -437,10 +437,14 @@ impl<S: Stream<Item = AppendRequest> + Unpin> Pipe<S> {
                 return None;
             }
             let limit = self.client.context.config.append_inflight_max;
-            let can_pull = !self.input_ended && self.inflight.len() + self.held.len() < limit;
+            // Room for two: what waits for company must not keep it away.
+            let waiting = self.inflight.len() + self.held.len();
+            let can_pull = !self.input_ended && waiting < limit.max(2);
             let gate_waits = self.is_gated() && !self.held.is_empty();
             let full = self.full;
-            let alone_at = self.alone_at();
+            // Only when it could go then.
+            let may_go = !full && self.inflight.len() < limit;
+            let alone_at = self.alone_at().filter(|_| may_go);
             let front = self
                 .inflight
                 .front_mut()

@@ -23,7 +23,8 @@ use crate::types::{EntryId, GroupId, LogIndex};
 
 /// Frames that may wait for the cataloger; beyond it the committer waits.
 const FACTS_MAX: usize = 1 << 19;
-/// The cataloger is woken for so many frames: nobody waits for it, and a wakeup for each commit would cost more than its work.
+/// The cataloger is woken for so many entries: nobody waits for it, and a wakeup for each commit would cost more than its work. It is
+/// woken at once for any other frame, which may let a segment go.
 const FACTS_WORTH_WAKING: usize = 64;
 /// Changed blocks kept in memory before they are written.
 const PENDING_MAX: usize = 8192;
@@ -58,8 +59,10 @@ impl CatalogQueue {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+        let is_entry = |fact: &Fact| matches!(fact, Fact::Frame(head, _) if head.kind.is_entry());
+        state.nudged |= !facts.iter().all(is_entry);
         state.facts.extend(facts);
-        let wakes = state.facts.len() >= FACTS_WORTH_WAKING;
+        let wakes = state.nudged || state.facts.len() >= FACTS_WORTH_WAKING;
         drop(state);
         if wakes {
             drive::wake(&self.wake);

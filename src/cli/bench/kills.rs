@@ -133,7 +133,8 @@ pub(super) async fn kill_leaders(
     mut tell: impl FnMut(&str),
 ) -> anyhow::Result<Failovers> {
     let mut failovers = Failovers::default();
-    for number in 1..=kills.count {
+    let mut number = 1;
+    while number <= kills.count {
         let views = ready(stage, client, topic, kills.victim).await?;
         tokio::time::sleep(kills.pause).await;
         // Leadership may have moved since; the last look counts.
@@ -147,6 +148,9 @@ pub(super) async fn kill_leaders(
         let epochs: BTreeMap<u32, LeaderEpoch> =
             led.map(|view| (view.partition.0, view.epoch)).collect();
         let partitions = epochs.len();
+        if partitions == 0 {
+            continue; // leadership has just moved away: its death would tell nothing
+        }
         tell(&format!(
             "kill {number} of {}: broker {victim}",
             kills.count
@@ -174,6 +178,7 @@ pub(super) async fn kill_leaders(
         }
         failovers.slowest.record(slowest);
         failovers.kills += 1;
+        number += 1;
         let process = stage.brokers.as_mut();
         let mut brokers = process.into_iter().flat_map(|all| all.brokers.iter_mut());
         if let Some(process) = brokers.find(|broker| broker.id == victim.0) {

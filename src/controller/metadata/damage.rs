@@ -69,13 +69,17 @@ impl ClusterMetadata {
         if record.isr.contains(&broker) {
             return refuse("it still counts as in sync");
         }
+        // A copy that is not in sync may be damaged as well, or lack what only this one and the leader have.
+        let is_there = |voter: &&ReplicaId| {
+            let whole = voter.is_witness() || record.isr.contains(&voter.broker());
+            whole && self.is_alive(voter.broker())
+        };
         let can_decide = |voters: &BTreeSet<ReplicaId>| {
             let others = voters.iter().filter(|voter| voter.broker() != broker);
-            let there = others.filter(|voter| self.is_alive(voter.broker()));
-            there.count() * 2 > voters.len()
+            others.filter(is_there).count() * 2 > voters.len()
         };
         if !can_decide(&before) || !can_decide(&after) {
-            return refuse("too few of the others are alive to take a new one in");
+            return refuse("too few of the others are alive and in sync to take a new one in");
         }
         Ok(true)
     }

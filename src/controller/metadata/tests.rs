@@ -618,13 +618,19 @@ impl Cluster {
 #[test]
 fn a_damaged_replica_is_replaced_only_when_nothing_is_lost() {
     type Change = fn(&mut Cluster);
-    let table: [(&str, Change, u64, Option<&str>); 9] = [
+    let table: [(&str, Change, u64, Option<&str>); 10] = [
         ("safe", |_| {}, 5, None),
         (
             "led by a later one",
-            |c| c.report(3, "t", 0, 6, &[3]),
+            |c| c.report(3, "t", 0, 6, &[2, 3]),
             5,
             None,
+        ),
+        (
+            "the third is not in sync, and may be damaged as well",
+            |c| c.report(2, "t", 0, 5, &[2]),
+            5,
+            Some("too few"),
         ),
         (
             "in sync",
@@ -705,7 +711,7 @@ fn a_damaged_replica_is_replaced_only_when_nothing_is_lost() {
 fn damaged_replicas_are_replaced_one_after_the_other() {
     let mut cluster = Cluster::of(3);
     cluster.create("t", &[(&[1, 2, 3], None)]);
-    cluster.report(2, "t", 0, 5, &[2]);
+    cluster.report(2, "t", 0, 5, &[2, 3]);
     cluster.damage(1, 5).unwrap();
     let first = replica_on(&cluster.record("t", 0), 1);
     let answer = cluster.damage(3, 5);
@@ -733,7 +739,7 @@ fn damaged_replicas_are_replaced_one_after_the_other() {
 fn a_witness_is_replaced_and_the_only_copy_never() {
     let mut cluster = Cluster::of(3);
     cluster.create("t", &[(&[1, 2], Some(3))]);
-    cluster.report(2, "t", 0, 5, &[2]);
+    cluster.report(2, "t", 0, 5, &[1, 2]);
     let old = cluster.record("t", 0).assignment.witness;
     cluster.damage(3, 5).unwrap();
     let record = cluster.record("t", 0);
