@@ -44,7 +44,7 @@ async fn a_failover_under_load_is_recorded_and_judged_clean() {
             assert!(is_there, "{topic}: {:?}", recorder.counts());
         }
     };
-    done(500).await;
+    done(2_000).await;
     for round in 0..rounds() {
         let victim = BrokerId(1 + round % 3);
         let target = format!("broker {victim}");
@@ -52,12 +52,12 @@ async fn a_failover_under_load_is_recorded_and_judged_clean() {
             .each_ref()
             .map(|(_, recorder)| recorder.fault_began("kill", &target));
         cluster.kill(victim).await;
-        done(300).await;
+        done(1_000).await;
         cluster.restart(victim).await.unwrap();
         for ((_, recorder), fault) in recorders.iter().zip(faults) {
             recorder.fault_ended(fault);
         }
-        done(300).await;
+        done(1_000).await;
     }
     for workload in workloads {
         workload.stop().await;
