@@ -248,8 +248,12 @@ impl Direct {
     }
 
     fn append(&self) -> impl Future<Output = Result<Response, Error>> + use<> {
+        self.append_of(100)
+    }
+
+    fn append_of(&self, bytes: usize) -> impl Future<Output = Result<Response, Error>> + use<> {
         let value = self.recorder.value();
-        let record = Record::new(encode_value(value, 0, 100));
+        let record = Record::new(encode_value(value, 0, bytes));
         let call = history::Call::Append {
             values: vec![value],
             producer: None,
@@ -328,12 +332,13 @@ async fn a_leader_cut_off_from_its_peers_acknowledges_nothing() {
     let direct = run.direct(old, 1_000, &tasks).await;
     assert!(direct.append().await.is_ok());
     run.cluster.isolate(old);
-    let appended = [direct.append(), direct.append()];
+    // Large enough to follow others that are in flight, so that they are proposed.
+    let appended = [(); 2].map(|()| direct.append_of(64 << 10));
     let asked = direct.linearizable_end();
     let new = run.leader().await;
     assert_ne!(new, old);
     run.progress(200).await;
-    let later = [direct.append(), direct.append()];
+    let later = [(); 2].map(|()| direct.append_of(100));
     let asked_later = direct.linearizable_end();
     // Clients still reach it: it answers before anything is healed.
     let mut unknown = 0;

@@ -14,7 +14,7 @@ use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::state_machine::{Outcome, Verdict, records_command};
-use super::{Inner, PartitionLimits, Standing, lead};
+use super::{Gate, Inner, PartitionLimits, Standing, lead};
 use crate::api::Appended;
 use crate::raft::{RaftError, Role};
 use crate::record::{self, BatchHeader};
@@ -111,6 +111,19 @@ impl Ticket {
     }
 }
 
+/// Whether what is proposed now can be committed: the answer would be unknown where it can be a refusal.
+fn takes_appends(inner: &Inner, gate: &Gate) -> Result<(), Error> {
+    inner.serving(gate)?;
+    match gate.short {
+        Some(short) => Err(Error::NoMajority {
+            partition: inner.partition.clone(),
+            reached: u32::try_from(short.voters).unwrap_or(u32::MAX),
+            needed: u32::try_from(short.needed).unwrap_or(u32::MAX),
+        }),
+        None => Ok(()),
+    }
+}
+
 /// Checks a request and puts it into the queue: all that can be refused without knowing the log is refused here. `None` when
 /// nobody is to wait for it.
 pub(super) fn enqueue(
@@ -124,15 +137,7 @@ pub(super) fn enqueue(
     };
     {
         let gate = inner.gate.borrow();
-        inner.serving(&gate)?;
-        // What is appended now could not be committed: the answer would be unknown where it can be a refusal.
-        if let Some(short) = gate.short {
-            return Err(Error::NoMajority {
-                partition: inner.partition.clone(),
-                reached: u32::try_from(short.voters).unwrap_or(u32::MAX),
-                needed: u32::try_from(short.needed).unwrap_or(u32::MAX),
-            });
-        }
+        takes_appends(inner, &gate)?;
         let in_sync = u32::try_from(gate.isr.len()).unwrap_or(u32::MAX);
         if acks == Acks::All && in_sync < min_in_sync {
             let partition = inner.partition.clone();
@@ -254,7 +259,9 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
             let refused = {
                 let gate = inner.gate.borrow();
                 // Asked again: much may have queued up since, and none of it has been proposed.
-                inner.serving(&gate).err().or_else(|| (inner.room)().err())
+                takes_appends(&inner, &gate)
+                    .and_then(|()| (inner.room)())
+                    .err()
             };
             if let Some(error) = refused {
                 refuse_all(waiters, &error);
@@ -271,13 +278,13 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
         tokio::select! {
             biased;
             Some(settled) = in_flight.next() => settle(&inner, settled),
-            // What is in flight may stay so for long when leadership is lost; what waits behind it can be told at once.
+            // What is in flight may stay so for long without a majority, or leadership; what waits behind it is told at once.
             changed = gate.changed(), if !waiting.requests.is_empty() => {
                 if changed.is_err() {
                     return;
                 }
-                let refused = inner.serving(&gate.borrow_and_update()).err();
-                if let Some(error) = refused {
+                let taken = takes_appends(&inner, &gate.borrow_and_update());
+                if let Err(error) = taken {
                     let (_, waiters) = waiting.entry(usize::MAX);
                     refuse_all(waiters, &error);
                 }
