@@ -8,6 +8,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use logboom::client::{Client, ClientConfig, NewTopic, Record};
+use logboom::partition::Partition;
 use logboom::record::batches;
 use logboom::testkit::history::{AckLevel, Call, FinalLog, Outcome, ReplicaDump};
 use logboom::testkit::recorder::Recorder;
@@ -19,7 +20,7 @@ use logboom::types::{
 };
 use tokio::time::Instant;
 
-use crate::plan::Plan;
+use crate::plan::{Plan, TopicPlan};
 use crate::world::{Cell, Life};
 
 /// How long after healing every partition must take an append again.
@@ -28,6 +29,9 @@ const SERVES_WITHIN: Duration = Duration::from_secs(20);
 const SETTLED_WITHIN: Duration = Duration::from_secs(60);
 /// How long reading everything may take after that.
 const READ_WITHIN: Duration = Duration::from_secs(30);
+
+/// How long a replica may take after that to be there and to know that everything is committed.
+const KNOWN_WITHIN: Duration = Duration::from_secs(20);
 
 /// The session that asks whether everything serves again.
 const PROBE_SESSION: u32 = 1_000;
@@ -188,7 +192,10 @@ pub async fn run(
         )
         .await;
         match logs {
-            Ok(logs) => control.borrow_mut().logs.push(logs),
+            Ok(logs) => {
+                until_all_know(&logs, topic, &brokers).await;
+                control.borrow_mut().logs.push(logs);
+            }
             Err(error) => {
                 let text = format!("topic {} cannot be read: {error}", topic.name);
                 control.borrow_mut().late.push(text);
@@ -308,6 +315,33 @@ async fn settle(client: &Client, plan: &Plan, deadline: Instant) -> Vec<String> 
             return wrong;
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Waits until every data replica of `topic` is there and knows that everything in `logs` is committed. A broker that has just lost its power
+/// counts as in sync for a moment more, and a follower hears of a commit with the next entries or heartbeat. A replica that does
+/// not come about is seen in what is shown.
+async fn until_all_know(logs: &[FinalLog], topic: &TopicPlan, brokers: &[Rc<RefCell<Cell>>]) {
+    let knows = |replica: &Partition| {
+        let local = replica.local();
+        let number = local.partition.partition.0;
+        local.partition.topic.as_str() == topic.name
+            && local.replica.kind() == ReplicaKind::Data
+            && logs
+                .iter()
+                .any(|log| log.partition == number && local.committed.0 >= log.end)
+    };
+    let wanted = logs.len() * topic.replication_factor as usize;
+    let deadline = Instant::now() + KNOWN_WITHIN;
+    while Instant::now() < deadline {
+        let known = brokers.iter().map(|cell| match &cell.borrow().life {
+            Life::Running(broker) => broker.replicas().iter().filter(|one| knows(one)).count(),
+            _ => 0,
+        });
+        if known.sum::<usize>() >= wanted {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }
 
