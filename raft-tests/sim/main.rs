@@ -219,6 +219,10 @@ async fn zoo(seeds_max: u64) -> bool {
         while let Some(ended) = runs.next().await {
             tried += 1;
             if !ended.passed {
+                if !start(ended.seed, None, None).await.passed {
+                    println!("{bug:?}: seed {} fails without it as well", ended.seed);
+                    continue;
+                }
                 // A panic that nobody catches ends the run before it can say what is wrong.
                 let said = |line: &&str| line.starts_with("WRONG ") || line.contains("panicked at");
                 let why = ended.text.lines().find(said);
