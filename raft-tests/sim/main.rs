@@ -107,8 +107,15 @@ async fn start(seed: u64, trace: Option<PathBuf>, bug: Option<Bug>) -> Ended {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
-    if let Some(bug) = bug {
-        command.env("BUG", format!("{bug:?}"));
+    match bug {
+        Some(bug) => {
+            command.env("BUG", format!("{bug:?}"));
+        }
+        // There it says which are tried, not which is made.
+        None if number("ZOO").is_some() => {
+            command.env_remove("BUG");
+        }
+        None => {}
     }
     if let Some(trace) = trace {
         command.env("TRACE", trace);
