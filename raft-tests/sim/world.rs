@@ -15,7 +15,7 @@ use logboom::config::BrokerConfig;
 use logboom::runtime::sim;
 use logboom::storage::MemDisk;
 use logboom::testkit::recorder::Recorder;
-use logboom::types::ReplicaKind;
+use logboom::types::{ReplicaKind, TopicName};
 use tokio::sync::Notify;
 use turmoil::Sim;
 
@@ -501,9 +501,18 @@ impl World {
         );
     }
 
-    /// Whether every broker runs, every link is whole, and every replica is in sync by what its leader knows.
+    /// Whether every broker runs, every link is whole, every replica is in sync by what its leader knows, and has its vote, and so has
+    /// the witness: one that moves has none for a while, and a partition of two copies cannot lose one of them then.
     pub fn is_whole(&self) -> bool {
-        let wanted: u32 = self.plan.topics.iter().map(|topic| topic.partitions).sum();
+        let topics = &self.plan.topics;
+        let wanted: u32 = topics.iter().map(|topic| topic.partitions).sum();
+        let voters = |name: &TopicName| {
+            let topic = topics.iter().find(|topic| topic.name == name.as_str());
+            topic.map_or(0, |topic| match topic.replication_factor {
+                2 => 3,
+                copies => copies as usize,
+            })
+        };
         let mut whole = 0;
         for node in &self.nodes {
             let Some(broker) = node.broker() else {
@@ -512,7 +521,9 @@ impl World {
             for partition in broker.replicas() {
                 let view = partition.view();
                 let level = view.replicas.iter().all(|replica| replica.in_sync);
-                whole += u32::from(partition.is_leader() && level);
+                let status = partition.group().status().borrow().clone();
+                let vote = !status.is_joint && status.voters.len() == voters(&partition.id().topic);
+                whole += u32::from(partition.is_leader() && level && vote);
             }
         }
         self.cuts.is_empty() && whole == wanted
