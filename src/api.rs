@@ -128,6 +128,8 @@ pub enum Request {
         boot: u64,
         /// Durable journal bytes it held when it was opened: an older copy holds fewer.
         position: u64,
+        /// The cluster that the directory belongs to, if it was in one.
+        cluster: Option<ClusterId>,
     },
     /// Between brokers: what a leader saw, for everyone to see.
     ReportPartitions {

@@ -4,6 +4,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
+use logboom::client::NewTopic;
+use logboom::types::BrokerId;
+
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify};
 use crate::{HEAL, create, healed};
 
@@ -70,6 +73,48 @@ async fn directory_of_another_broker_is_refused() {
     cluster.restart(3).await;
     healed(&client, TOPIC).await;
     finish(&cluster, &client, workload, &["belongs to broker 2"]).await;
+}
+
+/// Goal: a directory of another cluster takes no part, and costs the broker that it is taken for nothing. Method: broker 3, which has
+/// the only copy of a record, is started on the directory of another cluster's broker 3, and then on its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn directory_of_another_cluster_is_refused() {
+    let mut other = ProcessCluster::start_brokers(3).await;
+    let there = other.client().await;
+    create(&there, TOPIC, 1, 3, &[]).await;
+    let mut cluster = ProcessCluster::start_brokers(3).await;
+    let client = cluster.client().await;
+    let mut single = NewTopic::new("single", 1, 1);
+    single.assignment = vec![vec![BrokerId(3)]];
+    let created = client.admin().create_topic(single).await;
+    created.unwrap_or_else(|error| panic!("{error}"));
+    let workload = Workload::start(
+        &client,
+        WorkloadConfig {
+            records_max: 200,
+            ..WorkloadConfig::new("single", 1)
+        },
+    );
+    workload.wait_acked(200, HEAL).await;
+    let history = workload.stop().await;
+    cluster.stop(3).await;
+    other.stop(3).await;
+    let own = cluster.data_dir(3).with_file_name("own");
+    fs::rename(cluster.data_dir(3), &own).unwrap_or_else(|error| panic!("{error}"));
+    copy(other.data_dir(3), cluster.data_dir(3));
+    cluster.start(3);
+    let status = cluster.ended(3).await;
+    assert_eq!(status.code(), Some(1), "{}", cluster.log(3));
+    let refusal = "belongs to cluster";
+    assert!(cluster.log(3).contains(refusal), "{}", cluster.log(3));
+    cluster.wipe(3);
+    fs::rename(&own, cluster.data_dir(3)).unwrap_or_else(|error| panic!("{error}"));
+    cluster.restart(3).await;
+    healed(&client, "single").await;
+    let verdict = verify(&client, "single", 1, &history).await;
+    verdict.assert_good(200);
+    let errors = cluster.errors(&[refusal]);
+    assert!(errors.is_empty(), "{errors:#?}");
 }
 
 /// Goal: an old copy of a directory, restored, takes no part. Method: copy broker 3's directory, write on, put the copy in

@@ -187,6 +187,7 @@ pub(super) async fn register(context: &BrokerContext, bootstrap: &[Endpoint]) ->
         rack: context.config.rack.clone(),
         boot: identity.boot,
         position: identity.position,
+        cluster: identity.cluster,
     };
     let began = tokio::time::Instant::now();
     let mut said = String::new();

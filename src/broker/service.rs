@@ -15,7 +15,9 @@ use crate::api::{Call, DrainView, PartitionReport, Request, Response, Service};
 use crate::controller::{Answer, Command, LeaderMover};
 use crate::partition::Partition;
 use crate::raft::RaftError;
-use crate::types::{BrokerId, Endpoint, Error, Incarnation, ReplicaId, TopicName, TopicPartition};
+use crate::types::{
+    BrokerId, ClusterId, Endpoint, Error, Incarnation, ReplicaId, TopicName, TopicPartition,
+};
 
 use describe::{describe, figures, status};
 
@@ -354,7 +356,10 @@ pub(super) async fn answer_as_controller(
             rack,
             boot,
             position,
+            cluster,
         } => {
+            // First of all: to admit another directory retires the one that the broker had.
+            refuse_foreigner(context, &endpoint, cluster)?;
             refuse_twin(context, &endpoint, incarnation, boot)?;
             let controller_replica = controller_replica(endpoint.broker, incarnation);
             let command = Command::RegisterBroker {
@@ -397,6 +402,25 @@ pub(super) async fn answer_as_controller(
         _ => Err(Error::InvalidRequest {
             reason: "not a request for the controller".to_owned(),
         }),
+    }
+}
+
+/// A directory of another cluster is not let in.
+fn refuse_foreigner(
+    context: &BrokerContext,
+    endpoint: &Endpoint,
+    cluster: Option<ClusterId>,
+) -> Result<(), Error> {
+    let ours = context.store.identity().cluster;
+    match (cluster, ours) {
+        (Some(theirs), Some(ours)) if theirs != ours => Err(Error::Refused {
+            reason: format!(
+                "the data directory of broker {} belongs to cluster {theirs}, not to cluster {ours}; start it with its own directory, \
+                 or name the brokers of its own cluster in bootstrap",
+                endpoint.broker
+            ),
+        }),
+        _ => Ok(()),
     }
 }
 
