@@ -60,6 +60,9 @@ async fn produce_and_fetch_go_on_without_the_controllers_majority() {
     }
     cluster.wait_alive(HEAL).await;
     healed(&client, TOPIC).await;
+    let topics = client.admin().describe(None).await.unwrap();
+    let names: Vec<&str> = topics.iter().map(|topic| topic.name.as_str()).collect();
+    assert_eq!(names, [TOPIC], "a refused change has come about");
     let history = workload.stop().await;
     verify(&client, TOPIC, 1, &history).await.assert_good(400);
     // A client that knows nothing of the past sees what the cluster serves now.

@@ -4,9 +4,7 @@
 //! standard output.
 
 mod bench;
-#[cfg(feature = "testkit")]
 mod chaos;
-#[cfg(feature = "testkit")]
 mod check;
 mod children;
 mod cluster;
@@ -65,12 +63,10 @@ enum Command {
     /// Load a cluster, measure it, and read back what it acknowledged
     Bench(Box<bench::BenchArgs>),
     /// Hurt brokers of its own in every way, and judge what their clients saw: 0 passed, 3 an anomaly, 4 proves nothing
-    #[cfg(feature = "testkit")]
     Chaos(Box<chaos::ChaosArgs>),
     /// Check the data directory of a broker that is not running
     Fsck(FsckArgs),
     /// Judge the kept history of a fault run: 0 passed, 3 anomalies, 4 proves nothing
-    #[cfg(feature = "testkit")]
     Check(check::CheckArgs),
 }
 
@@ -187,10 +183,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Consume(args) => records::consume(args).await,
         Command::Cluster(args) => cluster::run(args).await,
         Command::Bench(args) => Box::pin(bench::run(*args)).await,
-        #[cfg(feature = "testkit")]
         Command::Chaos(args) => Box::pin(chaos::run(*args)).await,
         Command::Fsck(args) => fsck(&args),
-        #[cfg(feature = "testkit")]
         Command::Check(args) => check::run(&args),
     }
 }

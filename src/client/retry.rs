@@ -105,6 +105,9 @@ impl Retry {
     /// Takes note of a failed attempt. `jitter` is 0 to 255, drawn by the caller.
     pub(crate) fn failed(&mut self, error: Error, now: Instant, jitter: u8) -> Verdict {
         let unknown = error.outcome() == Outcome::Unknown;
+        #[cfg(feature = "sim")]
+        let unknown =
+            unknown && !crate::runtime::sim::makes(crate::runtime::sim::Bug::UnknownCalledFailed);
         if unknown && self.repeat == Repeat::Once {
             return Verdict::Final(error);
         }

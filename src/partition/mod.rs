@@ -248,12 +248,6 @@ impl Inner {
                 after_ms: u64::try_from(after.as_millis()).unwrap_or(u64::MAX),
             },
             RaftError::Stopped { .. } if !was_proposed => Error::ShuttingDown,
-            #[cfg(feature = "sim")]
-            RaftError::Lost
-                if crate::runtime::sim::makes(crate::runtime::sim::Bug::UnknownCalledFailed) =>
-            {
-                Error::LeaderUnavailable { partition }
-            }
             RaftError::Lost | RaftError::Stopped { .. } => Error::LeadershipLost { partition },
             other => Error::Failed {
                 reason: other.to_string(),

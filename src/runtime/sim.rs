@@ -82,7 +82,7 @@ pub enum Bug {
     /// A leader serves at once, and answers for the end of the log when a quorum has confirmed it, without waiting until what that
     /// quorum has is applied.
     ReadIndexNotAwaited,
-    /// A proposal whose fate is unknown is said to have failed.
+    /// A client takes a request whose fate is unknown for one that was not done.
     UnknownCalledFailed,
     /// What a failed sync left in memory counts after a restart.
     TailTrusted,
