@@ -230,6 +230,11 @@ async fn the_command_line_moves_a_partition() {
     let said = text(reassign(&["--replicas", "1,3,4"]).await.good());
     assert_eq!(said, "moves-0 moves to 1,3,4\n");
     at_rest(&client, &[1, 3, 4]).await;
+    // Nothing to do is not called a move, nor the end of one.
+    for nothing in [&["--cancel"] as &[&str], &["--replicas", "1,3,4"]] {
+        let said = text(reassign(nothing).await.good());
+        assert_eq!(said, "moves-0 is on 1,3,4\n", "{nothing:?}");
+    }
 }
 
 /// Goal: two copies and a witness go from 1, 2 (and 3) to 3, 1 (and 2) on three brokers, where the witness is in the way, with

@@ -16,7 +16,7 @@ use super::{ClusterAddress, output};
 const LOOK: Duration = Duration::from_millis(200);
 /// How long the cluster may give no answer before a waiting command gives up.
 const SILENCE_MAX: Duration = Duration::from_secs(60);
-/// Partitions that are named when they cannot leave.
+/// Partitions of which it is told why they cannot leave; the others are only named.
 const STUCK_SHOWN: usize = 3;
 
 #[derive(Debug, Args)]
@@ -126,9 +126,13 @@ async fn drain(args: DrainArgs) -> anyhow::Result<()> {
                 .iter()
                 .map(|(name, why)| format!("{name}: {why}"));
             let named: Vec<String> = named.take(STUCK_SHOWN).collect();
+            let others = view.stuck.iter().skip(STUCK_SHOWN);
+            let others: Vec<String> = others.map(|(name, _)| name.to_string()).collect();
             bail!(
-                "{stuck} partitions cannot leave broker {broker}; {}",
-                named.join("; ")
+                "{stuck} partitions cannot leave broker {broker}; {}{}{}",
+                named.join("; "),
+                if others.is_empty() { "" } else { "; nor can " },
+                others.join(", ")
             );
         }
         if told != Some(view.remaining) {

@@ -52,13 +52,13 @@ enum Command {
     Dev(dev::DevArgs),
     /// Run one broker
     Serve(Box<serve::ServeArgs>),
-    /// Create, list, describe and delete topics
+    /// Create, list, describe, move and delete topics
     Topic(topics::TopicArgs),
     /// Append the lines of standard input to a topic
     Produce(records::ProduceArgs),
     /// Print the records of a topic
     Consume(records::ConsumeArgs),
-    /// Look at the cluster, move leaders
+    /// Look at the cluster, move leaders, empty a broker
     Cluster(cluster::ClusterArgs),
     /// Load a cluster, measure it, and read back what it acknowledged
     Bench(Box<bench::BenchArgs>),

@@ -86,7 +86,8 @@ pub(super) async fn run(args: ReassignArgs) -> anyhow::Result<()> {
             "warnings": warnings,
         }));
     }
-    if args.wait {
+    // Also when nothing had to be done.
+    if args.wait || has_arrived(&view, wanted.as_deref()) {
         output::line(&format!("{partition} is on {}", brokers(&view)))
     } else if args.cancel {
         output::line(&format!("{partition} goes back to where it was"))
