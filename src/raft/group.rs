@@ -527,7 +527,14 @@ impl Group {
                 .caught_up_at
                 .is_some_and(|at| at.elapsed() <= recent);
         if !follower.connected || follower.lost_data || !level {
-            return refuse(format!("{to} is not live and level: {follower:?}"));
+            let why = if follower.lost_data {
+                "it has lost data"
+            } else if !follower.connected {
+                "it is not connected"
+            } else {
+                "it lacks entries"
+            };
+            return refuse(format!("{to} cannot lead now: {why}"));
         }
         Ok(status.epoch)
     }
