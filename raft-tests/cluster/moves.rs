@@ -421,6 +421,13 @@ async fn a_broker_is_drained_under_load() {
     let said = run(&bootstrap, &["cluster", "drain", "3"], b"").await;
     assert_eq!(said.code, Some(1), "{said:?}");
     assert!(said.err.contains("cannot leave broker 3"), "{said:?}");
+    for (topic, number) in [TOPIC, "moves-two"]
+        .iter()
+        .flat_map(|topic| (0..5).map(move |n| (topic, n)))
+    {
+        let name = format!("{topic}-{number}");
+        assert!(said.err.contains(&name), "{name}: {said:?}");
+    }
     let (history, two) = (workload.stop().await, second.stop().await);
     verify(&client, TOPIC, 5, &history).await.assert_good(1_000);
     verify(&client, "moves-two", 5, &two)

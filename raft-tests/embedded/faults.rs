@@ -357,6 +357,43 @@ async fn a_leader_cut_off_from_its_peers_acknowledges_nothing() {
     run.judge(&[("partition", 1)], 1).await;
 }
 
+/// Goal: what waits at a leader behind an entry that cannot be committed is refused as soon as the leader knows that it has no majority,
+/// and was not appended. Method: the leader is isolated; when it has had such an entry for a while, small appends, which wait for it, are
+/// sent directly.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_waits_at_a_leader_that_is_cut_off_is_refused() {
+    let run = Run::start().await;
+    let tasks = Tasks::new();
+    let old = run.leader().await;
+    let direct = run.direct(old, 1_000, &tasks).await;
+    assert!(direct.append().await.is_ok());
+    let broker = run.cluster.broker(old).unwrap();
+    let replicas = broker.replicas();
+    let leads = replicas.iter().find(|one| one.is_leader()).unwrap();
+    run.cluster.isolate(old);
+    let mut stuck = 0;
+    let is_stuck = wait_until(LONG, "an entry that stays", async || {
+        let status = leads.group().status().borrow().clone();
+        stuck = if status.last > status.committed {
+            stuck + 1
+        } else {
+            0
+        };
+        let enough = stuck > 5;
+        enough.then_some(()).ok_or(format!("{status:?}"))
+    });
+    is_stuck.await.unwrap();
+    for append in [(); 5].map(|()| direct.append()) {
+        let answer = append.await;
+        assert!(
+            matches!(answer, Err(Error::NoMajority { .. })),
+            "{answer:?}"
+        );
+    }
+    tasks.shutdown().await;
+    run.judge(&[("partition", 1)], 1).await;
+}
+
 /// Goal: the leader of the controller's group that is cut off can record nothing, and does not fill its log with that. Method: it
 /// is isolated until others lead and its own patience with them is long over; the warnings about each broker are counted.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -21,6 +21,40 @@ async fn ask(connection: &Connection, request: Request) -> Result<Response, Erro
     answer_from_message(pending.await.unwrap()).unwrap()
 }
 
+/// Goal: a directory of another cluster is refused before anything is written down, under a number that is free as well. Method: the
+/// same request to register, from another cluster and from none.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_of_another_cluster_is_not_registered() {
+    let directory = tempfile::tempdir().unwrap();
+    let cluster = LocalCluster::start(1, directory.path(), |_| {})
+        .await
+        .unwrap();
+    let admin = cluster.client().await.unwrap().admin();
+    let tasks = Tasks::new();
+    let address = cluster.bootstrap().remove(0);
+    let connection = Connection::open(&address, &NetConfig::default(), &tasks)
+        .await
+        .unwrap();
+    for (theirs, brokers) in [(Some(ClusterId(1)), 1), (None, 2)] {
+        let register = Request::RegisterBroker {
+            endpoint: Endpoint {
+                broker: BrokerId(8),
+                address: "127.0.0.1:1".to_owned(),
+            },
+            incarnation: Incarnation(8),
+            rack: None,
+            boot: 1,
+            position: 0,
+            cluster: theirs,
+        };
+        let answer = ask(&connection, register).await;
+        let is_refused = matches!(answer, Err(Error::Refused { .. }));
+        assert_eq!(is_refused, theirs.is_some(), "{answer:?}");
+        let known = admin.cluster_status().await.unwrap().brokers.len();
+        assert_eq!(known, brokers, "{theirs:?}");
+    }
+}
+
 /// Goal: a client cannot speak for a broker; a report in its name could lock its data directory out for good. Method: each
 /// request between brokers over a client's connection; then the broker starts again on its directory.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
