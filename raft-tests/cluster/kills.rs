@@ -53,16 +53,11 @@ async fn random_kills(name: &str, factor: u32, kills: usize) {
     let client = cluster.client().await;
     create(&client, TOPIC, PARTITIONS, factor, &[]).await;
     healed(&client, TOPIC).await;
-    let load = WorkloadConfig {
-        // Two such tests run at a time: more than this is only a longer wait for the processor.
-        pause: Duration::from_millis(2),
-        ..WorkloadConfig::new(TOPIC, PARTITIONS)
-    };
-    let workload = Workload::start(&client, load);
+    let workload = Workload::start(&client, WorkloadConfig::new(TOPIC, PARTITIONS));
     let mut killed = Vec::new();
     for _ in 0..kills {
         workload
-            .wait_acked(random.random_range(20..200), HEAL)
+            .wait_acked(random.random_range(20..400), HEAL)
             .await;
         let victim = random.random_range(1..=3);
         let before = describe(&client, TOPIC)
