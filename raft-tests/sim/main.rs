@@ -25,10 +25,10 @@ mod world;
 
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::BufWriter;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 use std::process::{ExitCode, Stdio};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use futures_util::StreamExt;
@@ -59,25 +59,54 @@ impl FormatTime for Since {
     }
 }
 
-fn trace_to(path: &Path) {
-    let file = File::create(path).unwrap();
+/// A trace that is whole or not at all: what cannot be written, on a full disk, ends the run and says so.
+#[derive(Clone)]
+struct Trace(Arc<Mutex<BufWriter<File>>>);
+
+impl Trace {
+    fn written<T>(result: std::io::Result<T>) -> std::io::Result<T> {
+        if let Err(error) = &result {
+            println!("WRONG cannot write the trace: {error}");
+            std::process::exit(2);
+        }
+        result
+    }
+}
+
+impl Write for Trace {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        Self::written(self.0.lock().unwrap().write(bytes))
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Self::written(self.0.lock().unwrap().flush())
+    }
+}
+
+fn trace_to(path: &Path) -> Trace {
+    let trace = Trace(Arc::new(Mutex::new(BufWriter::new(
+        File::create(path).unwrap(),
+    ))));
     let filter = std::env::var("TRACE_FILTER")
         .unwrap_or_else(|_| "info,logboom=debug,turmoil=trace,openraft=warn".to_owned());
+    let writer = trace.clone();
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_ansi(false)
         .with_timer(Since)
-        .with_writer(Mutex::new(BufWriter::new(file)))
+        .with_writer(move || writer.clone())
         .init();
+    trace
 }
 
 /// One seed, here.
 fn child(seed: u64) -> ExitCode {
     run::watch_panics();
-    if let Ok(path) = std::env::var("TRACE") {
-        trace_to(Path::new(&path));
-    }
+    let trace = std::env::var("TRACE").map(|path| trace_to(Path::new(&path)));
     let outcome = run::run(seed);
+    if let Ok(mut trace) = trace {
+        trace.flush().unwrap();
+    }
     for (name, value) in &outcome.figures {
         println!("figure {name} {value}");
     }
@@ -175,9 +204,14 @@ async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
         async move {
             let first = start(seed, Some(paths[0].clone()), None).await;
             let second = start(seed, Some(paths[1].clone()), None).await;
+            if let Some(failed) = [&first, &second].into_iter().find(|ended| !ended.passed) {
+                tell(failed);
+                return (false, 0);
+            }
             let traces = paths.map(|path| {
-                let trace = std::fs::read_to_string(path).unwrap_or_default();
-                without_clock(&trace)
+                let trace = without_clock(&std::fs::read_to_string(&path).unwrap());
+                std::fs::remove_file(&path).unwrap();
+                trace
             });
             let same = traces[0] == traces[1] && first.text == second.text && !traces[0].is_empty();
             if !same {
