@@ -4,7 +4,7 @@
 //! the records of the one before are taken, and ends with everything it holds when it is dropped. No committed positions: who wants
 //! to go on later remembers an offset.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use futures_util::future::BoxFuture;
@@ -145,7 +145,7 @@ impl Consumer {
             self.config.fetch_bytes_max.max(FETCH_BYTES_MIN),
         );
         let mut reading = Reading {
-            cursors: HashMap::new(),
+            cursors: BTreeMap::new(),
             fetches: FuturesUnordered::new(),
             ready: VecDeque::new(),
             fetch_bytes: u32::try_from(fetch_bytes).unwrap_or(u32::MAX),
@@ -203,7 +203,7 @@ impl Cursor {
 type Fetched = (PartitionId, Result<ReadRecords, Error>);
 
 struct Reading {
-    cursors: HashMap<PartitionId, Cursor>,
+    cursors: BTreeMap<PartitionId, Cursor>,
     fetches: FuturesUnordered<BoxFuture<'static, Fetched>>,
     ready: VecDeque<std::vec::IntoIter<ConsumerRecord>>,
     fetch_bytes: u32,

@@ -2,7 +2,7 @@
 //!
 //! Owns the bound on memory, the choice of the partition and the lanes; all sending is `lane`'s.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -109,7 +109,7 @@ struct Layout {
 }
 
 struct Lanes {
-    by_partition: HashMap<PartitionId, Arc<Lane>>,
+    by_partition: BTreeMap<PartitionId, Arc<Lane>>,
     sticky: Sticky,
     closed: bool,
 }
@@ -136,7 +136,7 @@ impl Producer {
         config.validate()?;
         let start = u32::try_from(runtime::random_seed() & 0xffff).unwrap_or(0);
         let lanes = Lanes {
-            by_partition: HashMap::new(),
+            by_partition: BTreeMap::new(),
             sticky: Sticky::new(start),
             closed: false,
         };

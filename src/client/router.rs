@@ -4,7 +4,7 @@
 //! nor waits between attempts: each call finds one destination, and is told afterwards how it went. One lock, never
 //! held across an await; dials and metadata requests are shared by all who need them at the same moment.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -111,13 +111,13 @@ struct Link {
 #[derive(Default)]
 struct State {
     brokers: BTreeMap<BrokerId, String>,
-    topics: HashMap<TopicName, TopicRoute>,
+    topics: BTreeMap<TopicName, TopicRoute>,
     /// Topics whose routes have proved wrong; asked for again before they are used.
     stale: HashSet<TopicName>,
-    links: HashMap<String, Link>,
+    links: BTreeMap<String, Link>,
     /// Addresses that did not answer, and until when others are preferred.
-    avoided: HashMap<String, Instant>,
-    refreshes: HashMap<TopicName, SharedRefresh>,
+    avoided: BTreeMap<String, Instant>,
+    refreshes: BTreeMap<TopicName, SharedRefresh>,
     /// Where the next request to any broker begins to look.
     turn: usize,
     links_opened: u64,
