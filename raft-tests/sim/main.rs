@@ -59,6 +59,9 @@ impl FormatTime for Since {
     }
 }
 
+/// Longest line of a trace, in characters: of a longer one, a frame with its payload, the rest is there as a checksum.
+const LINE_MAX: usize = 400;
+
 /// A trace that is whole or not at all: what cannot be written, on a full disk, ends the run and says so.
 #[derive(Clone)]
 struct Trace(Arc<Mutex<BufWriter<File>>>);
@@ -73,9 +76,34 @@ impl Trace {
     }
 }
 
+/// A line without the points in time of the machine's clock, where the paused clocks of a run began: some lines show them.
+fn without_clock(line: &str) -> String {
+    let mut parts = line.split("Instant { ");
+    let mut text = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        text.push_str(part.split_once(" }").map_or(part, |(_, rest)| rest));
+    }
+    text
+}
+
 impl Write for Trace {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        Self::written(self.0.lock().unwrap().write(bytes))
+    /// One event, as the subscriber hands them over.
+    fn write(&mut self, event: &[u8]) -> std::io::Result<usize> {
+        let line = without_clock(&String::from_utf8_lossy(event));
+        let mut out = self.0.lock().unwrap();
+        Self::written(match line.char_indices().nth(LINE_MAX) {
+            None => out.write_all(line.as_bytes()),
+            Some((at, _)) => {
+                let checksum = crc32c::crc32c(line.as_bytes());
+                let bytes = line.len();
+                writeln!(
+                    out,
+                    "{}... {bytes} bytes, checksum {checksum:08x}",
+                    &line[..at]
+                )
+            }
+        })?;
+        Ok(event.len())
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -186,16 +214,6 @@ fn tell(ended: &Ended) {
     }
 }
 
-/// A trace without the points in time of the machine's clock, where the paused clocks of a run began: some lines show them.
-fn without_clock(trace: &str) -> String {
-    let mut parts = trace.split("Instant { ");
-    let mut text = parts.next().unwrap_or_default().to_owned();
-    for part in parts {
-        text.push_str(part.split_once(" }").map_or(part, |(_, rest)| rest));
-    }
-    text
-}
-
 /// The same seed gives the same trace, byte for byte, in a fresh process.
 async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
     let directory = tempfile::tempdir().unwrap();
@@ -209,7 +227,7 @@ async fn twice(seeds: impl Iterator<Item = u64>, jobs: usize) -> bool {
                 return (false, 0);
             }
             let traces = paths.map(|path| {
-                let trace = without_clock(&std::fs::read_to_string(&path).unwrap());
+                let trace = std::fs::read_to_string(&path).unwrap();
                 std::fs::remove_file(&path).unwrap();
                 trace
             });
