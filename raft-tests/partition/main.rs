@@ -14,10 +14,13 @@ mod support;
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use futures_util::stream::FuturesUnordered;
+use futures_util::{FutureExt, StreamExt};
 use logboom::api::{Appended, OffsetSpec, Response};
 use logboom::config::TopicConfig;
 use logboom::record::{ProducerStamp, batches};
 use logboom::types::{Acks, BrokerId, Error, LogIndex, Offset, Outcome};
+use tokio::time::Instant;
 
 use raft_support::{PATIENCE, data, set, soon, until, witness};
 use support::{World, batch, deadline, offsets, records, values};
@@ -286,6 +289,96 @@ async fn too_few_in_sync_replicas_refuse_and_hide() {
     assert_eq!(values(&found), ["c"]);
     until("it is back in the ISR", || in_sync(&world, 3)).await;
     world.append(batch(&["d"], None), Acks::All).await.unwrap();
+    world.stop().await;
+}
+
+/// Goal: copies that are missing only behind the append leave its outcome unknown, say so, and hide the record; its repetition is
+/// acknowledged once the copies are there, and appends nothing. Method: one of three copies that are all wanted stops hearing; an
+/// idempotent batch is appended before it has left the ISR, and sent again when it hears.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_that_fall_out_behind_an_append_leave_it_unknown() {
+    let config = TopicConfig {
+        min_insync_replicas: 3,
+        ..TopicConfig::default()
+    };
+    let world = World::start(&[data(1), data(2), data(3)], None, config).await;
+    let in_sync = |count| world.leader().view().isr.len() == count;
+    until("all are in sync", || in_sync(3)).await;
+    let victim = world.followers()[0];
+    world.set_deaf(victim, true);
+    let send = |deadline| {
+        let records = batch(&["a"], Some(stamp(0)));
+        world.leader().produce(records, Acks::All, deadline)
+    };
+    let unknown = send(Instant::now() + Duration::from_secs(1)).await;
+    let unknown = unknown.unwrap_err();
+    assert!(
+        matches!(unknown, Error::NotEnoughReplicasAfterAppend { min: 3, .. }),
+        "{unknown}"
+    );
+    assert_eq!(
+        (unknown.outcome(), unknown.is_retriable()),
+        (Outcome::Unknown, true)
+    );
+    assert_eq!(values(&world.fetch(0).await.unwrap()), Vec::<String>::new());
+    world.set_deaf(victim, false);
+    until("it has caught up", || {
+        world.leader().view().high_watermark == Some(Offset(1))
+    })
+    .await;
+    until("all are in sync", || in_sync(3)).await;
+    let again = send(deadline()).await.unwrap().remove(0);
+    assert_eq!((again.base_offset, again.duplicate), (Offset(0), true));
+    assert_eq!(again.durable_on.len(), 3);
+    assert_eq!(values(&world.fetch(0).await.unwrap()), ["a"]);
+    world.stop().await;
+}
+
+/// Goal: whatever queues up at a leader, however much, is refused as soon as it knows that it has no majority. Method: no follower
+/// hears any more, and far more is sent than is taken into entries; then the followers die. One comes back, and what was not refused is
+/// in the log or said to be unknown.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn all_that_queues_up_without_a_majority_is_refused() {
+    const REQUESTS: usize = 40;
+    let mut world = World::start(&[data(1), data(2), data(3)], None, TopicConfig::default()).await;
+    until("all are in sync", || world.leader().view().isr.len() == 3).await;
+    let (leader, followers) = (world.leader().clone(), world.followers());
+    for follower in &followers {
+        world.set_deaf(*follower, true);
+    }
+    let value = "x".repeat(400_000);
+    let produce = |_| leader.produce(batch(&[&value], None), Acks::All, deadline());
+    let mut requests: FuturesUnordered<_> = (0..REQUESTS).map(produce).collect();
+    assert!(requests.next().now_or_never().is_none(), "all are sent");
+    for follower in &followers {
+        world.down(*follower).await;
+    }
+    let mut refused = 0;
+    while refused < REQUESTS * 2 / 3 {
+        let answer = soon("a refusal", requests.next()).await.unwrap();
+        assert!(
+            matches!(answer, Err(Error::NoMajority { .. })),
+            "{answer:?}"
+        );
+        refused += 1;
+    }
+    world.up(followers[0]).await;
+    let (mut appended, mut unknown) = (0, 0);
+    while let Some(answer) = soon("the rest", requests.next()).await {
+        match answer {
+            Ok(_) => appended += 1,
+            Err(error) if error.outcome() == Outcome::Unknown => unknown += 1,
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(appended + unknown > 0, "some were in entries");
+    world.serving().await;
+    let end = world.find(OffsetSpec::LinearizableEnd).await.unwrap();
+    let possible = appended..=appended + unknown;
+    assert!(
+        possible.contains(&end.0),
+        "{end:?}, not in {possible:?}; {refused} refused"
+    );
     world.stop().await;
 }
 

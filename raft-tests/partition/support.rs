@@ -163,6 +163,18 @@ impl World {
         self.open(broker).await;
     }
 
+    /// From now on a broker hears nothing, or hears again; its connections stay.
+    pub(crate) fn set_deaf(&self, broker: u32, deaf: bool) {
+        self.cluster.nodes[&broker].set_deaf(deaf);
+    }
+
+    /// The brokers of the replicas that do not serve.
+    pub(crate) fn followers(&self) -> Vec<u32> {
+        let leader = self.leader().me().broker().0;
+        let brokers = self.partitions.keys().copied();
+        brokers.filter(|broker| *broker != leader).collect()
+    }
+
     /// Waits until some replica serves.
     pub(crate) async fn serving(&self) {
         let end = deadline();

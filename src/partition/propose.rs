@@ -251,6 +251,12 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
     let mut waiting = Waiting::default();
     let mut gate = inner.gate.subscribe();
     loop {
+        // What is in flight may stay so for long without a majority, or leadership; what waits behind it is told at once.
+        let takes = takes_appends(&inner, &gate.borrow_and_update());
+        if let Err(error) = takes {
+            let (_, waiters) = waiting.entry(usize::MAX);
+            refuse_all(waiters, &error);
+        }
         while waiting.may_leave(in_flight.len(), &inner.limits) {
             let (parts, waiters) = waiting.entry(bytes_max);
             if waiters.is_empty() {
@@ -278,15 +284,9 @@ pub(super) async fn run(inner: Arc<Inner>, mut queue: mpsc::Receiver<Queued>) {
         tokio::select! {
             biased;
             Some(settled) = in_flight.next() => settle(&inner, settled),
-            // What is in flight may stay so for long without a majority, or leadership; what waits behind it is told at once.
             changed = gate.changed(), if !waiting.requests.is_empty() => {
                 if changed.is_err() {
                     return;
-                }
-                let taken = takes_appends(&inner, &gate.borrow_and_update());
-                if let Err(error) = taken {
-                    let (_, waiters) = waiting.entry(usize::MAX);
-                    refuse_all(waiters, &error);
                 }
             }
             first = queue.recv(), if waiting.bytes < bytes_max => {
