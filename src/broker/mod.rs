@@ -396,10 +396,9 @@ impl Broker {
         self.service.refuse();
         if self.context.failed.borrow().is_none() {
             let handover = self.reconciler.hand_over(&self.context.controller_group);
-            if tokio::time::timeout(HANDOVER_TIMEOUT, handover)
-                .await
-                .is_err()
-            {
+            if let Ok(stay) = tokio::time::timeout(HANDOVER_TIMEOUT, handover).await {
+                tracing::info!(stay, "leaderships are handed over");
+            } else {
                 tracing::warn!("not every leadership was taken over in time");
             }
         }

@@ -165,16 +165,18 @@ impl Reconciler {
     }
 
     /// Hands the leaderships of this broker over to replicas that have everything, and the controller's with them. What nobody
-    /// can take stays.
-    pub async fn hand_over(&self, controller_group: &Group) {
+    /// can take stays; returns how many groups that are.
+    pub async fn hand_over(&self, controller_group: &Group) -> usize {
         let led = self
             .partitions()
             .into_iter()
             .map(|partition| partition.group().clone());
         let groups = led.chain([controller_group.clone()]);
-        stream::iter(groups)
-            .for_each_concurrent(STEPS_MAX, |group| async move { hand_over(&group).await })
-            .await;
+        let handed_over = stream::iter(groups).map(|group| async move { hand_over(&group).await });
+        let stay = handed_over
+            .buffer_unordered(STEPS_MAX)
+            .filter(|handed_over| std::future::ready(!handed_over));
+        stay.count().await
     }
 
     /// Stops the loop, then all partitions. Nothing is started afterwards; harmless when repeated.

@@ -145,11 +145,11 @@ async fn confirm(
     })
 }
 
-/// Hands leadership of a group that is led here to the replica that has most, and is connected.
-pub(super) async fn hand_over(group: &Group) {
+/// Hands leadership of a group that is led here to the replica that has most, and is connected. Whether it is led here no longer.
+pub(super) async fn hand_over(group: &Group) -> bool {
     let status = group.status().borrow().clone();
     if status.role != Role::Leader {
-        return;
+        return true;
     }
     let progress = group.progress();
     let mut heirs: Vec<(Option<LogIndex>, ReplicaId)> = status
@@ -165,10 +165,11 @@ pub(super) async fn hand_over(group: &Group) {
     heirs.sort_unstable_by(|one, other| other.cmp(one));
     for (_, heir) in heirs.into_iter().take(HEIRS_MAX) {
         match group.transfer_leader(heir).await {
-            Ok(()) | Err(RaftError::NotLeader { .. }) => return,
+            Ok(()) | Err(RaftError::NotLeader { .. }) => return true,
             Err(error) => {
                 tracing::info!(group = %group.id(), %heir, %error, "leadership was not taken over");
             }
         }
     }
+    false
 }
