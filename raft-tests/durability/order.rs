@@ -14,8 +14,8 @@ use crate::support::{ProcessCluster, wait_for};
 use crate::trace::{Call, parse};
 use crate::{HEAL, create, strace, strace_is_there};
 
-/// The calls by which bytes reach the disk or a socket.
-pub(crate) const CALLS: &str = "trace=pwrite64,pwritev,pwritev2,write,writev,sendto,sendmsg,recvfrom,recvmsg,read,readv,fdatasync";
+/// The calls by which bytes reach the disk or a socket, or come from there.
+pub(crate) const CALLS: &str = "trace=pwrite64,pwritev,pwritev2,write,writev,sendto,sendmsg,recvfrom,recvmsg,read,readv,pread64,preadv,fdatasync";
 
 /// Reads a broker's trace, complete once the tracer has seen the process end.
 pub(crate) async fn finished_trace(path: &std::path::Path) -> String {
@@ -40,11 +40,22 @@ pub(crate) async fn finished_trace(path: &std::path::Path) -> String {
     .await
 }
 
+/// How often journal files are read behind the write of these bytes to one.
+fn reads_behind(calls: &[Call], written: &[u8]) -> usize {
+    let of_journal = calls.iter().filter(|call| call.file.contains("/journal/"));
+    let behind = of_journal.skip_while(|call| {
+        let mut windows = call.bytes.windows(written.len());
+        !call.name.starts_with("pwrite") || !windows.any(|window| window == written)
+    });
+    behind.filter(|call| call.name.starts_with("pread")).count()
+}
+
 /// Goal: between the journal write of an acknowledged record and the answer's send there is a successful sync, on the
 /// leader and on the follower without which there is no majority; a vote is synced before it is answered. Method: three brokers
 /// under strace, one killed so that the other two are the only majority, records acknowledged one by one; every granted vote,
 /// matched position and acknowledgement in the traces is held against the journal's syncs. The same traces without
-/// their syncs must be judged bad.
+/// their syncs must be judged bad. Goal besides: to be applied and sent to a follower that keeps up, nothing is read back. Method: no
+/// broker reads its journal behind the write of the first record.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn acknowledgements_and_votes_follow_their_sync() {
     const RECORDS: usize = 40;
@@ -78,6 +89,8 @@ async fn acknowledgements_and_votes_follow_their_sync() {
         let calls = parse(&finished_trace(&path).await);
         let result = audit(&calls, true);
         assert!(result.bad.is_empty(), "broker {id}: {:#?}", result.bad);
+        let read_back = reads_behind(&calls, b"marker-0;");
+        assert_eq!(read_back, 0, "broker {id} reads records back");
         let without: Vec<Call> = calls
             .into_iter()
             .filter(|call| call.name != "fdatasync")
@@ -154,7 +167,7 @@ fn message(kind: u8, channel: u8, correlation: u64, header: &[u8], body: &[u8]) 
     framed
 }
 
-/// Goal: the checker sees a missing, failed, early, late or misdirected sync, for each kind of claim. Method: a small trace that is
+/// Goal: the checker sees a missing, failed, early, late or misdirected sync, for each kind of claim, and what is read back. Method: a small trace that is
 /// good, and the same with one line changed.
 #[test]
 fn a_claim_without_its_sync_is_judged_bad() {
@@ -249,4 +262,11 @@ fn a_claim_without_its_sync_is_judged_bad() {
         );
     });
     assert_eq!(other_vote, 4, "a vote for another epoch");
+    let read = |at| call(at, "pread64", "/d/journal/0.log", b"marker-1;");
+    for (place, expected) in [(0, 0), (2, 0), (3, 1), (5, 1)] {
+        let mut lines = good.clone();
+        lines.insert(place, read(place));
+        let found = reads_behind(&parse(&lines.join("\n")), b"marker-1;");
+        assert_eq!(found, expected, "a read in line {place}");
+    }
 }

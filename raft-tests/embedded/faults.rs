@@ -394,8 +394,9 @@ async fn what_waits_at_a_leader_that_is_cut_off_is_refused() {
     run.judge(&[("partition", 1)], 1).await;
 }
 
-/// Goal: the leader of the controller's group that is cut off can record nothing, and does not fill its log with that. Method: it
-/// is isolated until others lead and its own patience with them is long over; the warnings about each broker are counted.
+/// Goal: the leader of the controller's group that is cut off can record nothing, and does not fill its log with that; no producer
+/// id is given out twice by it and the one that follows. Method: it is isolated until others lead and its own patience with them is
+/// long over; the warnings about each broker are counted, and ids drawn before and after.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_controller_that_is_cut_off_warns_in_measure() {
     let run = Run::start().await;
@@ -404,6 +405,13 @@ async fn a_controller_that_is_cut_off_warns_in_measure() {
         status.ok().and_then(|status| status.controller)
     };
     let old = controller().await.unwrap();
+    let tasks = Tasks::new();
+    let asked = run.direct(run.others(old)[0], 1_000, &tasks).await;
+    let draw = async || match asked.send(true, Request::InitProducer).await {
+        Ok(Response::Producer { id, .. }) => id,
+        other => panic!("{other:?}"),
+    };
+    let mut ids = vec![draw().await, draw().await];
     let warned = |broker: BrokerId| {
         let address = &run.cluster.broker(broker).unwrap().endpoint().address;
         log::count(&["not heard any more", address.as_str()])
@@ -417,6 +425,9 @@ async fn a_controller_that_is_cut_off_warns_in_measure() {
     dead.await.unwrap();
     let now = controller().await;
     assert!(now.is_some() && now != Some(old), "{now:?}");
+    ids.extend([draw().await, draw().await]);
+    assert!(ids.is_sorted_by(|one, next| one < next), "{ids:?}");
+    tasks.shutdown().await;
     let others = run.others(old);
     tokio::time::sleep(Duration::from_secs(3)).await; // the fault goes on
     let warnings: Vec<usize> = others.iter().map(|other| warned(*other)).collect();

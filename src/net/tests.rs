@@ -548,6 +548,41 @@ async fn a_stalled_handler_holds_back_only_its_connection() {
     }
 }
 
+/// Goal: votes and heartbeats pass bulk that is stuck. Method: a peer takes a little of what is sent in bulk, and answers none of
+/// it; a message on the control lane is handed over and answered meanwhile.
+#[tokio::test]
+async fn control_is_never_behind_bulk() {
+    let limits = NetConfig {
+        receive_bytes: 100_000,
+        ..config()
+    };
+    let (server, mut got, _) = Node::collecting(1, limits).await;
+    let client = Node::start(2, Arc::new(Echo)).await;
+    client.net.set_peers(vec![server.endpoint()]);
+    state(&client.net, 1, PeerState::Up).await;
+    let call = |lane, message| {
+        let call = client
+            .net
+            .call(BrokerId(1), lane, Channel::Raft, message, LONG);
+        call.unwrap()
+    };
+    let bulk = Message {
+        header: Bytes::new(),
+        body: vec![vec![7; 1 << 20].into()],
+    };
+    let mut calls: Vec<_> = (0..30).map(|_| call(Lane::Data, bulk.clone())).collect();
+    let stuck = soon(got.recv()).await.unwrap();
+    let vote = call(Lane::Control, text("vote"));
+    let (_, _, message, reply) = soon(got.recv()).await.unwrap();
+    assert_eq!(message, text("vote"));
+    reply.send(text("granted"));
+    assert_eq!(soon(vote).await, Ok(text("granted")));
+    assert!(got.try_recv().is_err(), "bulk is stuck");
+    stuck.3.send(Message::default());
+    assert_eq!(soon(calls.remove(0)).await, Ok(Message::default()));
+    soon(got.recv()).await.expect("bulk goes on");
+}
+
 /// Goal: a queue that does not drain refuses at its bound, at once. Method: a peer that reads nothing.
 #[tokio::test]
 async fn a_full_queue_refuses_at_once() {

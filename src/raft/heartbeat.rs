@@ -161,3 +161,104 @@ pub(crate) async fn answer(
     }
     reply.send(Response::Heartbeats(answers).message());
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use futures_util::future::join_all;
+
+    use super::*;
+    use crate::net::{Handler, Identity, Message, NetConfig, Origin, PeerState};
+    use crate::raft::type_config::{AppendRequest, LogId, Vote};
+    use crate::raft::wire::Route;
+    use crate::types::{
+        Endpoint, EntryId, GroupId, Incarnation, LeaderEpoch, LogIndex, ReplicaId, ReplicaKind,
+        decode,
+    };
+
+    /// A peer that counts the heartbeats of each frame, and says to each group that it has the entry of the group's number. It has no
+    /// answer for group 3.
+    #[derive(Default)]
+    struct Follower {
+        frames: Mutex<Vec<usize>>,
+    }
+
+    fn matched(group: GroupId) -> AppendAnswer {
+        AppendAnswer::Matched(Some(EntryId {
+            epoch: LeaderEpoch(1),
+            index: LogIndex(group.0),
+        }))
+    }
+
+    impl Handler for Follower {
+        fn handle(&self, _: &Origin, _: Channel, message: Message, reply: Reply) {
+            let Ok(Request::Heartbeats(heartbeats)) = decode(&message.header) else {
+                panic!("{message:?}");
+            };
+            lock(&self.frames).push(heartbeats.len());
+            let groups = heartbeats.iter().map(|heartbeat| heartbeat.route.group);
+            let answers = groups.map(|group| (group.0 != 3).then(|| matched(group)));
+            reply.send(Response::Heartbeats(answers.collect()).message());
+        }
+
+        fn closed(&self, _: &Origin) {}
+    }
+
+    async fn bind(broker: BrokerId, tasks: &Tasks) -> Net {
+        let identity = Identity {
+            broker,
+            incarnation: Incarnation(u128::from(broker.0)),
+            cluster: None,
+            boot: 1,
+            position: 0,
+        };
+        let bound = Net::bind("127.0.0.1:0", identity, NetConfig::default(), tasks.clone());
+        bound.await.unwrap()
+    }
+
+    /// Goal: whatever number of groups have a heartbeat for a peer, it costs a frame, and each group gets its own answer or none.
+    /// Method: 1,500 groups, more than a frame holds, send to a real peer at the same moment.
+    #[tokio::test]
+    async fn heartbeats_of_all_groups_share_a_frame() {
+        let tasks = Tasks::new();
+        let follower = Arc::new(Follower::default());
+        let (one, two) = (BrokerId(1), BrokerId(2));
+        let net = bind(one, &tasks).await;
+        let peer = bind(two, &tasks).await;
+        peer.serve(follower.clone());
+        let mut events = net.events();
+        let address = peer.local_addr().to_string();
+        net.set_peers(vec![Endpoint {
+            broker: two,
+            address,
+        }]);
+        while net.peer_state(two) != PeerState::Up {
+            events.recv().await.unwrap();
+        }
+        let config = RaftConfig {
+            heartbeat_interval: Duration::from_secs(20), // how long an answer is waited for
+            ..RaftConfig::default()
+        };
+        let heartbeats = Heartbeats::new(net, tasks.clone(), &config);
+        let request = AppendRequest {
+            vote: Vote::new_committed(1, 1),
+            prev_log_id: Some(LogId::new_term_index(1, 4)),
+            entries: Vec::new(),
+            leader_commit: None,
+        };
+        let replica = |broker| ReplicaId::new(broker, ReplicaKind::Data, 1);
+        let groups = || (0..1_500).map(GroupId);
+        let sent = groups().map(|group| {
+            let (from, to) = (replica(one), replica(two));
+            let heartbeat = Heartbeat::new(Route { group, from, to }, &request);
+            heartbeats.send(two, heartbeat)
+        });
+        let answers = join_all(sent).await;
+        assert_eq!(*lock(&follower.frames), [FRAME, 1_500 - FRAME]);
+        for (group, answer) in groups().zip(answers) {
+            assert_eq!(answer, (group.0 != 3).then(|| matched(group)));
+        }
+        tasks.shutdown().await;
+    }
+}
