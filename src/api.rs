@@ -172,6 +172,8 @@ pub enum Request {
         /// The epoch of its last entry: only a leader of this epoch or a later one is known to have all that it had.
         epoch: LeaderEpoch,
     },
+    /// Between brokers, to the controller's leader: does a majority of the voters still follow it?
+    ConfirmController,
 }
 
 /// What the leader of a partition reports to the controller.
@@ -285,6 +287,16 @@ pub struct TopicView {
     pub config: BTreeMap<String, String>,
 }
 
+/// An answer comes from a copy of the metadata that may be out of date: the broker that gave it reaches no leader of the controller that a
+/// majority of the voters follows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stale {
+    /// The broker that answered.
+    pub broker: BrokerId,
+    /// How long before the answer, in ms, it last knew that the controller was led; `None`: not since it was started.
+    pub age_ms: Option<u64>,
+}
+
 /// A broker of the cluster.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BrokerView {
@@ -294,7 +306,7 @@ pub struct BrokerView {
     pub address: String,
     /// Its rack.
     pub rack: Option<String>,
-    /// Whether the controller hears it.
+    /// Whether the controller hears it; in a stale view, whether the answering broker does.
     pub alive: bool,
     /// Whether it votes in the controller's group.
     pub controller_voter: bool,
@@ -333,8 +345,10 @@ pub struct DrainView {
 pub struct ClusterView {
     /// The cluster.
     pub cluster: Option<ClusterId>,
-    /// The controller's leader.
+    /// The controller's leader; `None` in a stale view.
     pub controller: Option<BrokerId>,
+    /// That this view may be out of date.
+    pub stale: Option<Stale>,
     /// All registered brokers.
     pub brokers: Vec<BrokerView>,
     /// Topics.
@@ -383,6 +397,9 @@ pub enum Response {
         brokers: Vec<Endpoint>,
         /// The topics asked for.
         topics: Vec<TopicRoute>,
+        /// That this may be out of date. Looked at only when all topics are asked for: what a client needs to find a leader
+        /// proves itself in use.
+        stale: Option<Stale>,
     },
     /// To [`Request::CreateTopic`]: what the operator should know, one line each.
     Created {
@@ -399,7 +416,12 @@ pub enum Response {
     /// To [`Request::Drain`].
     Draining(DrainView),
     /// To [`Request::DescribeTopics`].
-    Described(Vec<TopicView>),
+    Described {
+        /// The topics asked for.
+        topics: Vec<TopicView>,
+        /// That this may be out of date, the figures of the leaders excepted.
+        stale: Option<Stale>,
+    },
     /// To [`Request::ClusterStatus`].
     Status(ClusterView),
     /// To [`Request::ElectLeaders`]: partitions whose leadership was handed over.
@@ -428,6 +450,11 @@ pub enum Response {
     Led(Vec<(TopicPartition, PartitionView)>),
     /// To [`Request::BrokerFigures`], in the order of the brokers.
     Figures(Vec<BrokerFigures>),
+    /// To [`Request::ConfirmController`].
+    Confirmed {
+        /// How long before the answer, in ms, a majority followed the asked broker; 0: it does. `None`: not since it was started.
+        age_ms: Option<u64>,
+    },
 }
 
 /// A request on its way.

@@ -2,9 +2,12 @@
 
 use std::time::Duration;
 
+use serde_json::Value;
+
 use logboom::client::{Client, ClientConfig, NewTopic};
 use logboom::types::{BrokerId, Error, Offset};
 
+use crate::support::command::{Said, run};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify};
 use crate::{HEAL, create, describe, healed};
 
@@ -12,7 +15,8 @@ const TOPIC: &str = "without-controller";
 
 /// Goal: produce, failover and fetch need no controller; changes of metadata are refused without its majority, and nothing of
 /// a refused change appears later. Method: five brokers, all voters of the controller; under load SIGKILL to the two that hold no
-/// replica of the partition and to the one that leads it, so that two of five are left, and two of three copies.
+/// replica of the partition and to the one that leads it, so that two of five are left, and two of three copies. The commands that
+/// show the cluster say meanwhile that this is what was last known, and afterwards no more.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn produce_and_fetch_go_on_without_the_controllers_majority() {
     let mut cluster = ProcessCluster::builder(5)
@@ -55,11 +59,15 @@ async fn produce_and_fetch_go_on_without_the_controllers_majority() {
         .expect_err("two of five voters cannot create a topic");
     assert_eq!(refused, Error::ControllerUnavailable);
 
+    what_is_shown_is_called_old(&cluster.bootstrap()).await;
+
     for victim in victims {
         cluster.restart(victim).await;
     }
     cluster.wait_alive(HEAL).await;
     healed(&client, TOPIC).await;
+    let status = run(&cluster.bootstrap(), &["cluster", "status", "--json"], b"").await;
+    assert_eq!(json(&status.good())["stale"], Value::Null);
     let topics = client.admin().describe(None).await.unwrap();
     let names: Vec<&str> = topics.iter().map(|topic| topic.name.as_str()).collect();
     assert_eq!(names, [TOPIC], "a refused change has come about");
@@ -71,4 +79,45 @@ async fn produce_and_fetch_go_on_without_the_controllers_majority() {
     healed(&client, "later").await;
     let errors = cluster.errors(&[]);
     assert!(errors.is_empty(), "{errors:#?}");
+}
+
+fn json(out: &[u8]) -> Value {
+    let text = String::from_utf8_lossy(out);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+/// Without its majority the controller is not shown as if all were well.
+async fn what_is_shown_is_called_old(at: &[String]) {
+    let ask = async |words: &'static [&'static str]| run(at, words, b"").await;
+    let (status, list, described) = tokio::join!(
+        ask(&["cluster", "status", "--json"]),
+        ask(&["topic", "list"]),
+        ask(&["topic", "describe", TOPIC, "--json"]),
+    );
+    let warned = |said: &Said| {
+        let lines = said.err.lines().count();
+        let is_told = said
+            .err
+            .contains("the controller has no leader that broker ")
+            && said.err.contains(" last knew, ");
+        assert!(lines == 1 && is_told, "{said:?}");
+    };
+    for (said, code) in [(&status, 1), (&list, 0), (&described, 0)] {
+        assert_eq!(said.code, Some(code), "{said:?}");
+        warned(said);
+    }
+    assert!(
+        String::from_utf8_lossy(&list.out).contains(TOPIC),
+        "{list:?}"
+    );
+    let status = json(&status.out);
+    assert_eq!(status["controller"], Value::Null, "{status:#}");
+    let alive = status["brokers"].as_array().expect("a list").iter();
+    let alive = alive.filter(|broker| broker["alive"] == true).count();
+    assert_eq!(alive, 2, "{status:#}");
+    for stale in [&status["stale"], &json(&described.out)[0]["stale"]] {
+        assert!(stale["broker"].is_u64(), "{stale}");
+        let age_ms = stale["age_ms"].as_u64().expect("an age");
+        assert!((1..60_000).contains(&age_ms), "{stale}");
+    }
 }

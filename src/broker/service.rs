@@ -2,6 +2,7 @@
 //!
 //! Owns no state but the switch that refuses new requests. A forwarded request is never forwarded again.
 
+mod confirm;
 mod describe;
 
 use std::sync::Arc;
@@ -19,6 +20,7 @@ use crate::types::{
     BrokerId, ClusterId, Endpoint, Error, Incarnation, ReplicaId, TopicName, TopicPartition,
 };
 
+use confirm::{confirm, staleness};
 use describe::{describe, figures, status};
 
 use super::reconciler::{Reconciler, ReconcilerPorts};
@@ -176,6 +178,10 @@ impl BrokerService {
                 Request::BrokerFigures { everywhere } => {
                     Ok(Response::Figures(figures(&context, everywhere).await))
                 }
+                Request::ConfirmController => {
+                    let age_ms = confirm(&context).await;
+                    Ok(Response::Confirmed { age_ms })
+                }
                 Request::AdoptCluster { cluster } => founding::adopt_cluster(
                     &context.store,
                     &context.net,
@@ -210,7 +216,9 @@ fn check_sender(request: &Request, from: Option<BrokerId>) -> Result<(), Error> 
     let may = match request {
         Request::ReportPartitions { broker, .. } => from == Some(*broker),
         Request::ReportDamage { replica, .. } => from == Some(replica.broker()),
-        Request::MoveLeader { .. } | Request::DescribeLed { .. } => from.is_some(),
+        Request::MoveLeader { .. } | Request::DescribeLed { .. } | Request::ConfirmController => {
+            from.is_some()
+        }
         // Also `RegisterBroker` and `AdoptCluster`: a broker that is not admitted yet comes as a client.
         _ => true,
     };
@@ -569,12 +577,17 @@ async fn metadata(
             }
         }
     }
+    let stale = match &topics {
+        None => staleness(context).await,
+        Some(_) => None,
+    };
     let image = context.controller.metadata().borrow().clone();
     Ok(Response::Metadata {
         cluster: image.cluster(),
         controller: context.controller.leader_broker(),
         brokers: image.endpoints().collect(),
         topics: image.routes(topics.as_deref()),
+        stale,
     })
 }
 

@@ -10,7 +10,7 @@ use logboom::types::BrokerId;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{ClusterAddress, output};
+use super::{ClusterAddress, FAILED, output, warn_of_stale};
 
 /// Between two looks at a broker that is being emptied.
 const LOOK: Duration = Duration::from_millis(200);
@@ -27,7 +27,7 @@ pub(super) struct ClusterArgs {
 
 #[derive(Debug, Subcommand)]
 enum ClusterCommand {
-    /// Brokers, controller, under-replicated and leaderless partitions
+    /// Brokers, controller, under-replicated and leaderless partitions; exit code 1 when the controller cannot be reached
     Status(StatusArgs),
     /// Hand leadership back to preferred leaders now
     ElectLeaders(ElectArgs),
@@ -72,6 +72,10 @@ pub(super) async fn run(args: ClusterArgs) -> anyhow::Result<ExitCode> {
                 output::json(&status_json(&status))?;
             } else {
                 output::text(&status_text(&status))?;
+            }
+            if let Some(stale) = status.stale {
+                warn_of_stale(stale);
+                return Ok(ExitCode::from(FAILED));
             }
         }
         ClusterCommand::ElectLeaders(args) => {
@@ -198,6 +202,7 @@ fn status_json(status: &ClusterView) -> Value {
     json!({
         "cluster": status.cluster.map(|cluster| cluster.to_string()),
         "controller": status.controller,
+        "stale": output::stale(status.stale),
         "brokers": status.brokers.iter().map(broker).collect::<Vec<_>>(),
         "topics": status.topics,
         "partitions": status.partitions,

@@ -29,6 +29,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::{Args, CommandFactory, Parser, Subcommand};
+use logboom::api::Stale;
 use logboom::client::{Client, ClientConfig};
 use logboom::types::Error;
 use tracing_subscriber::EnvFilter;
@@ -131,6 +132,23 @@ impl fmt::Display for Usage {
 }
 
 impl std::error::Error for Usage {}
+
+/// That what is shown may be out of date.
+fn warn_of_stale(stale: Stale) {
+    complain(&stale_text(stale));
+}
+
+fn stale_text(stale: Stale) -> String {
+    let broker = stale.broker;
+    let since = stale.age_ms.map_or_else(
+        || "before it was started".to_owned(),
+        |age_ms| format!("{} s ago", age_ms / 1000),
+    );
+    format!(
+        "the controller has no leader that broker {broker} can reach: this is what broker {broker} last knew, {since}; start brokers until \
+         a majority of the controller's voters is up"
+    )
+}
 
 const FAILED: u8 = 1;
 const WRONG_USAGE: u8 = 2;
@@ -382,6 +400,22 @@ mod tests {
             "logboom bench W7",
         ] {
             assert!(parse(line).is_err(), "{line}");
+        }
+    }
+
+    /// Goal: what may be out of date is called so, with its age. Method: known for a while, and not since the start.
+    #[test]
+    fn a_stale_answer_tells_its_age() {
+        for (age_ms, part) in [
+            (Some(12_900), "what broker 7 last knew, 12 s ago; start"),
+            (
+                None,
+                "what broker 7 last knew, before it was started; start",
+            ),
+        ] {
+            let broker = logboom::types::BrokerId(7);
+            let text = stale_text(Stale { broker, age_ms });
+            assert!(text.contains(part), "{text}");
         }
     }
 

@@ -2,6 +2,9 @@
 
 use std::io::{self, Write};
 
+use logboom::api::Stale;
+use serde_json::{Value, json};
+
 /// Writes `text` and sees it off.
 pub(super) fn text(text: &str) -> anyhow::Result<()> {
     let mut out = io::stdout().lock();
@@ -26,6 +29,14 @@ pub(super) fn line(line: &str) -> anyhow::Result<()> {
 /// Writes one JSON value on one line.
 pub(super) fn json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     line(&serde_json::to_string(value)?)
+}
+
+/// What JSON says of an answer that may be out of date; null when it is not.
+pub(super) fn stale(stale: Option<Stale>) -> Value {
+    stale.map_or(
+        Value::Null,
+        |stale| json!({ "broker": stale.broker, "age_ms": stale.age_ms }),
+    )
 }
 
 /// Rows under a heading, in columns as wide as they need.

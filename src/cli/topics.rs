@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use clap::{Args, Subcommand};
-use logboom::api::{PartitionView, TopicRoute, TopicView};
+use logboom::api::{PartitionView, Stale, TopicRoute, TopicView};
 use logboom::client::NewTopic;
 use logboom::types::TopicName;
 use serde_json::{Value, json};
 
 use super::reassign::{self, ReassignArgs};
-use super::{ClusterAddress, Usage, output};
+use super::{ClusterAddress, Usage, output, warn_of_stale};
 
 #[derive(Debug, Args)]
 pub(super) struct TopicArgs {
@@ -94,11 +94,15 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         TopicCommand::Create(args) => create(args).await?,
         TopicCommand::List(args) => {
-            let topics = args.cluster.connect().await?.admin().list().await?;
+            let known = args.cluster.connect().await?.admin().list_known().await?;
             if args.json {
-                output::json(&topics.iter().map(route_json).collect::<Vec<_>>())?;
+                let one = |topic| with_stale(route_json(topic), known.stale);
+                output::json(&known.topics.iter().map(one).collect::<Vec<_>>())?;
             } else {
-                output::text(&list_table(&topics))?;
+                output::text(&list_table(&known.topics))?;
+            }
+            if let Some(stale) = known.stale {
+                warn_of_stale(stale);
             }
         }
         TopicCommand::Describe(args) => {
@@ -107,11 +111,15 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
             }
             let names = args.name.map(|name| vec![name]);
             let admin = args.cluster.connect().await?.admin();
-            let topics = admin.describe(names.as_deref()).await?;
+            let known = admin.describe_known(names.as_deref()).await?;
             if args.json {
-                output::json(&topics.iter().map(topic_json).collect::<Vec<_>>())?;
+                let one = |topic| with_stale(topic_json(topic), known.stale);
+                output::json(&known.topics.iter().map(one).collect::<Vec<_>>())?;
             } else {
-                output::text(&describe_table(&topics))?;
+                output::text(&describe_table(&known.topics))?;
+            }
+            if let Some(stale) = known.stale {
+                warn_of_stale(stale);
             }
         }
         TopicCommand::Reassign(args) => reassign::run(args).await?,
@@ -151,6 +159,14 @@ async fn create(args: CreateArgs) -> anyhow::Result<()> {
         .chain(told)
         .collect();
     output::line(&lines.join("\n"))
+}
+
+/// A topic's JSON, which says whether it may be out of date.
+fn with_stale(mut topic: Value, stale: Option<Stale>) -> Value {
+    if let Value::Object(fields) = &mut topic {
+        fields.insert("stale".to_owned(), output::stale(stale));
+    }
+    topic
 }
 
 fn list_table(topics: &[TopicRoute]) -> String {

@@ -8,7 +8,9 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::{Client, unexpected};
-use crate::api::{BrokerFigures, ClusterView, DrainView, Request, Response, TopicRoute, TopicView};
+use crate::api::{
+    BrokerFigures, ClusterView, DrainView, Request, Response, Stale, TopicRoute, TopicView,
+};
 use crate::types::{BrokerId, Error, Offset, TopicName, TopicPartition};
 
 /// A topic to be created.
@@ -51,6 +53,15 @@ impl NewTopic {
 pub struct Created {
     /// What the operator should know, one line each.
     pub warnings: Vec<String>,
+}
+
+/// Topics as one broker knows them.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Known<T> {
+    /// The topics, by name.
+    pub topics: Vec<T>,
+    /// That they may be out of date: the broker reaches no controller.
+    pub stale: Option<Stale>,
 }
 
 /// See [`Client::admin`]. Cheap to clone.
@@ -127,14 +138,21 @@ impl Admin {
 
     /// All topics, by name, with their routes.
     pub async fn list(&self) -> Result<Vec<TopicRoute>, Error> {
+        Ok(self.list_known().await?.topics)
+    }
+
+    /// As [`Admin::list`], and whether that may be out of date.
+    pub async fn list_known(&self) -> Result<Known<TopicRoute>, Error> {
         match self
             .client
             .request(Request::Metadata { topics: None })
             .await?
         {
-            Response::Metadata { mut topics, .. } => {
+            Response::Metadata {
+                mut topics, stale, ..
+            } => {
                 topics.sort_by(|one, other| one.name.cmp(&other.name));
-                Ok(topics)
+                Ok(Known { topics, stale })
             }
             other => Err(unexpected(&other)),
         }
@@ -142,7 +160,15 @@ impl Admin {
 
     /// Everything known about the topics named, or about all, by name. A name that does not exist is an error.
     pub async fn describe(&self, names: Option<&[String]>) -> Result<Vec<TopicView>, Error> {
-        let topics: Option<Vec<TopicName>> = match names {
+        Ok(self.describe_known(names).await?.topics)
+    }
+
+    /// As [`Admin::describe`], and whether that may be out of date.
+    pub async fn describe_known(
+        &self,
+        names: Option<&[String]>,
+    ) -> Result<Known<TopicView>, Error> {
+        let names: Option<Vec<TopicName>> = match names {
             Some(names) => Some(
                 names
                     .iter()
@@ -152,19 +178,19 @@ impl Admin {
             None => None,
         };
         let request = Request::DescribeTopics {
-            topics: topics.clone(),
+            topics: names.clone(),
         };
-        let mut views = match self.client.request(request).await? {
-            Response::Described(views) => views,
+        let (mut topics, stale) = match self.client.request(request).await? {
+            Response::Described { topics, stale } => (topics, stale),
             other => return Err(unexpected(&other)),
         };
-        views.sort_by(|one, other| one.name.cmp(&other.name));
-        for topic in topics.into_iter().flatten() {
-            if !views.iter().any(|view| view.name == topic) {
+        topics.sort_by(|one, other| one.name.cmp(&other.name));
+        for topic in names.into_iter().flatten() {
+            if !topics.iter().any(|view| view.name == topic) {
                 return Err(Error::UnknownTopic { topic });
             }
         }
-        Ok(views)
+        Ok(Known { topics, stale })
     }
 
     /// The state of the cluster.

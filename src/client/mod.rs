@@ -25,7 +25,7 @@ use futures_util::FutureExt;
 use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
-pub use self::admin::{Admin, Created, NewTopic};
+pub use self::admin::{Admin, Created, Known, NewTopic};
 pub use self::consumer::{Consumer, ConsumerConfig, From, Partitions, Until};
 pub use self::partitioner::murmur2;
 pub use self::producer::{Delivery, Producer, ProducerConfig};

@@ -30,7 +30,8 @@ impl Repeat {
             | Request::DescribeTopics { .. }
             | Request::ClusterStatus
             | Request::DescribeLed { .. }
-            | Request::BrokerFigures { .. } => Self::Read,
+            | Request::BrokerFigures { .. }
+            | Request::ConfirmController => Self::Read,
             Request::Trim { .. }
             | Request::ElectLeaders
             | Request::InitProducer

@@ -174,6 +174,21 @@ impl Controller {
         self.0.group.status().borrow().leader.map(ReplicaId::broker)
     }
 
+    /// When this broker last knew group 0 to be led, and so its image to be no older than a moment; `None`: not since it was started.
+    pub fn led_at(&self) -> Option<Instant> {
+        self.0.group.led_at()
+    }
+
+    /// Waits until the leader of group 0 is known, and is not on `broker`, as far as this broker knows.
+    pub async fn led_elsewhere(&self, broker: Option<BrokerId>) {
+        let mut status = self.0.group.status();
+        let led = status.wait_for(|status| {
+            let leader = status.leader.map(ReplicaId::broker);
+            leader.is_some() && leader != broker
+        });
+        led.await.ok(); // the sender lives as long as the group's handle
+    }
+
     /// Waits until the local image has everything that was applied anywhere before the question. On the leader only.
     pub async fn linearize(&self, timeout: Duration) -> Result<(), Error> {
         let asked = Instant::now();

@@ -334,6 +334,14 @@ impl Group {
         }
     }
 
+    /// When this replica last knew the group to be led, without asking anybody: when it heard its leader, or, leading, when a majority was level
+    /// with it. `None`: not since it was started.
+    pub fn led_at(&self) -> Option<Instant> {
+        let voters = self.inner.replica.status.borrow().voters.clone();
+        let level = self.progress().level_at(&voters);
+        self.inner.replica.heard_at().max(level)
+    }
+
     /// The entries from `from` (see [`GroupStore::read`]). Damage stops the replica: it must not lead with a log it cannot show.
     pub async fn read(
         &self,

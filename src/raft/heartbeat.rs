@@ -128,10 +128,10 @@ pub(crate) async fn answer(
     let mut answers: Vec<Option<AppendAnswer>> = vec![None; heartbeats.len()];
     let mut waiting = FuturesUnordered::new();
     for (place, (heartbeat, group)) in heartbeats.into_iter().zip(groups).enumerate() {
-        let raft = group.and_then(|group| group.raft().ok_or(Refusal::Stopped));
+        let found = group.and_then(|group| Ok((group.raft().ok_or(Refusal::Stopped)?, group)));
         waiting.push(async move {
-            let raft = match raft {
-                Ok(raft) => raft,
+            let (raft, group) = match found {
+                Ok(found) => found,
                 Err(refusal) => return (place, AppendAnswer::Refused(refusal)),
             };
             let request = heartbeat.request();
@@ -140,6 +140,9 @@ pub(crate) async fn answer(
                 Ok(response) => AppendAnswer::of(&response.into_stream_result(prev, prev)),
                 Err(_stopped) => AppendAnswer::Refused(Refusal::Stopped),
             };
+            if matches!(answer, AppendAnswer::Matched(..)) {
+                group.replica().heard_leader();
+            }
             (place, answer)
         });
     }

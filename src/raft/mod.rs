@@ -155,6 +155,18 @@ pub struct Progress {
     pub followers: BTreeMap<ReplicaId, FollowerProgress>,
 }
 
+impl Progress {
+    /// When a majority of `voters`, of which the leader is one, last was level with it; `None` when it was not in this epoch, or
+    /// when the leader is alone.
+    pub(crate) fn level_at(&self, voters: &BTreeSet<ReplicaId>) -> Option<Instant> {
+        let voting = self.followers.iter().filter(|(id, _)| voters.contains(*id));
+        let mut level: Vec<Instant> = voting.filter_map(|(_, one)| one.caught_up_at).collect();
+        level.sort_unstable_by(|one, other| other.cmp(one));
+        let others_needed = voters.len() / 2;
+        level.get(others_needed.checked_sub(1)?).copied()
+    }
+}
+
 /// Why a proposal or a question was not answered with success.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -194,5 +206,48 @@ impl From<RaftError> for Error {
 impl From<StorageError> for RaftError {
     fn from(error: StorageError) -> Self {
         Self::Storage(StorageErrorText(error.to_string()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::{BrokerId, ReplicaKind};
+
+    /// Voters, when each follower was level, and what is known by it.
+    type Case<'a> = (u32, &'a [(u32, Option<u64>)], Option<u64>);
+
+    /// Goal: the leader is known to have been followed when a majority was last level with it, and not when one eager follower was, or
+    /// one that does not vote. Method: a table of voters and of when each follower was level, in seconds.
+    #[test]
+    fn a_majority_is_level_when_enough_voters_are() {
+        let start = Instant::now();
+        let at = |seconds: u64| start + Duration::from_secs(seconds);
+        let replica = |broker| ReplicaId::new(BrokerId(broker), ReplicaKind::Data, 1);
+        let cases: [Case<'_>; 6] = [
+            (1, &[], None),
+            (2, &[(2, Some(4))], Some(4)),
+            (3, &[(2, Some(4)), (3, Some(9))], Some(9)),
+            (3, &[(2, None), (3, None), (4, Some(9))], None),
+            (5, &[(2, Some(9)), (3, Some(1)), (4, Some(4))], Some(4)),
+            (5, &[(2, Some(9))], None),
+        ];
+        for (voters, level, expected) in cases {
+            let followers = level.iter().map(|(broker, level)| {
+                let follower = FollowerProgress {
+                    matched: None,
+                    caught_up_at: level.map(at),
+                    connected: true,
+                    lost_data: false,
+                };
+                (replica(*broker), follower)
+            });
+            let progress = Progress {
+                followers: followers.collect(),
+                ..Progress::default()
+            };
+            let voters: BTreeSet<ReplicaId> = (1..=voters).map(replica).collect();
+            assert_eq!(progress.level_at(&voters), expected.map(at), "{level:?}");
+        }
     }
 }

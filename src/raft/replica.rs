@@ -30,6 +30,8 @@ pub(crate) struct Replica {
     changed: watch::Sender<u64>,
     /// Index of the last entry, plus one; 0 for none.
     next: AtomicU64,
+    /// When a leader was last followed.
+    heard: Mutex<Option<Instant>>,
     stopped: Mutex<Option<String>>,
 }
 
@@ -60,6 +62,7 @@ impl Replica {
             board: Mutex::new(Board::new(me)),
             changed: watch::Sender::new(0),
             next: AtomicU64::new(next),
+            heard: Mutex::new(None),
             stopped: Mutex::new(None),
         })
     }
@@ -127,6 +130,16 @@ impl Replica {
         if lock(&self.board).acknowledged(epoch, from, answer) {
             self.progress_changed();
         }
+    }
+
+    /// Notes that a heartbeat of the leader was taken now.
+    pub(crate) fn heard_leader(&self) {
+        *lock(&self.heard) = Some(Instant::now());
+    }
+
+    /// When a heartbeat of the leader was last taken.
+    pub(crate) fn heard_at(&self) -> Option<Instant> {
+        *lock(&self.heard)
     }
 
     /// Whether `from`, which does not have the entry at `index`, had confirmed it in this epoch.

@@ -4,9 +4,10 @@
 
 use std::collections::BTreeMap;
 
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 
 use super::await_topic;
+use super::confirm::staleness;
 use crate::api::{
     BrokerFigures, BrokerView, ClusterView, PartitionView, ReplicaView, Request, Response,
     TopicView,
@@ -34,12 +35,14 @@ pub(super) async fn describe(
         }
     }
     let image = context.controller.metadata().borrow().clone();
-    let live = live_views(context, reconciler, &image, topics.as_ref()).await;
-    Ok(Response::Described(described(
-        &image,
-        topics.as_deref(),
-        &live,
-    )))
+    let live = live_views(context, reconciler, &image, topics.as_ref());
+    let (live, stale) = join(live, staleness(context)).await;
+    // A new controller may have been waited for, with news.
+    let image = context.controller.metadata().borrow().clone();
+    Ok(Response::Described {
+        topics: described(&image, topics.as_deref(), &live),
+        stale,
+    })
 }
 
 /// What the leaders say of their partitions, each asked on its own broker; the newest epoch counts.
@@ -164,7 +167,10 @@ fn described(
 /// The same picture as [`describe`] gives: who leads is what the leaders say, not what was last reported of them.
 pub(super) async fn status(context: &BrokerContext, reconciler: &Reconciler) -> ClusterView {
     let image = context.controller.metadata().borrow().clone();
-    let live = live_views(context, reconciler, &image, None).await;
+    let live = live_views(context, reconciler, &image, None);
+    let (live, stale) = join(live, staleness(context)).await;
+    // A new controller may have been waited for, with news.
+    let image = context.controller.metadata().borrow().clone();
     let topics = described(&image, None, &live);
     let voters = context.controller_group.status().borrow().voters.clone();
     let mut brokers: Vec<BrokerView> = image.broker_views();
@@ -180,13 +186,22 @@ pub(super) async fn status(context: &BrokerContext, reconciler: &Reconciler) -> 
         })
     };
     for broker in &mut brokers {
+        if stale.is_some() {
+            // Whom the controller heard when it was last heard itself says nothing about now.
+            let is_up = context.net.peer_state(broker.broker) == PeerState::Up;
+            broker.alive = broker.broker == context.id || is_up;
+        }
         broker.controller_voter = voters.iter().any(|voter| voter.broker() == broker.broker);
         let led = partitions().filter(|(_, view)| view.leader == Some(broker.broker));
         broker.leads = u32::try_from(led.count()).unwrap_or(u32::MAX);
     }
     ClusterView {
         cluster: image.cluster(),
-        controller: context.controller.leader_broker(),
+        controller: context
+            .controller
+            .leader_broker()
+            .filter(|_| stale.is_none()),
+        stale,
         brokers,
         topics: u32::try_from(topics.len()).unwrap_or(u32::MAX),
         partitions: u32::try_from(partitions().count()).unwrap_or(u32::MAX),

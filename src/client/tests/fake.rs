@@ -239,6 +239,7 @@ impl State {
                 })
                 .collect(),
             topics: if known { vec![route] } else { Vec::new() },
+            stale: None,
         }
     }
 
