@@ -463,6 +463,10 @@ pub enum Error {
         reached: u32,
         needed: u32,
     },
+    #[error(
+        "broker {broker} has not joined its cluster yet, it waits for the others of its bootstrap list; ask another broker, or try again when they are up"
+    )]
+    NotJoined { broker: BrokerId },
 }
 
 impl Error {
@@ -492,6 +496,7 @@ impl Error {
                 | Self::Overloaded { .. }
                 | Self::StorageFull { .. }
                 | Self::BrokerRunning { .. }
+                | Self::NotJoined { .. }
                 | Self::ShuttingDown
                 | Self::Timeout { .. }
                 | Self::LeadershipLost { .. }
@@ -511,6 +516,7 @@ impl Error {
                 | Self::UnknownPartition { .. }
                 | Self::ConnectionLost { .. }
                 | Self::Unreachable { .. }
+                | Self::NotJoined { .. }
                 | Self::ShuttingDown
         )
     }

@@ -76,6 +76,10 @@ impl BrokerService {
             // Nothing was done, and another broker can do it: no reason for the caller to give up.
             return ready(Err(Error::ShuttingDown));
         }
+        if from.is_none() && !self.has_joined() && !is_before_joining(&call.request) {
+            let broker = self.context.id;
+            return ready(Err(Error::NotJoined { broker }));
+        }
         let longest = Duration::from_millis(self.context.config.request_timeout_max_ms);
         let timeout = call.timeout().min(longest);
         let Call {
@@ -93,6 +97,12 @@ impl BrokerService {
                 .await
                 .unwrap_or(Err(Error::Timeout { after_ms }))
         })
+    }
+
+    /// Whether the metadata shows this broker. A broker that was just started has none, which looks like an empty cluster.
+    fn has_joined(&self) -> bool {
+        let metadata = self.context.controller.metadata();
+        metadata.borrow().broker(self.context.id).is_some()
     }
 
     /// Most bytes of records in one answer: with its header it must fit into a frame, or it would never arrive.
@@ -228,6 +238,14 @@ fn check_sender(request: &Request, from: Option<BrokerId>) -> Result<(), Error> 
     Err(Error::Refused {
         reason: "only a broker of the cluster may ask this, for itself".to_owned(),
     })
+}
+
+/// What makes a cluster out of brokers that have none yet.
+fn is_before_joining(request: &Request) -> bool {
+    matches!(
+        request,
+        Request::RegisterBroker { .. } | Request::AdoptCluster { .. }
+    )
 }
 
 fn partition_of(request: &Request) -> Option<&TopicPartition> {

@@ -105,6 +105,8 @@ impl ClusterAddress {
         match Client::connect(&self.addresses(), ClientConfig::default()).await {
             Ok(client) => Ok(client),
             Err(error @ Error::InvalidConfig { .. }) => Err(Usage(error.to_string()).into()),
+            // It was found, and says itself what to do.
+            Err(error @ Error::NotJoined { .. }) => Err(error.into()),
             Err(error) => anyhow::bail!(
                 "{error}; is the cluster up? Name its brokers with --bootstrap or LOGBOOM_BOOTSTRAP"
             ),

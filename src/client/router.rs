@@ -315,7 +315,10 @@ impl Router {
                 Error::ConnectionLost { .. } | Error::Unreachable { .. } => {
                     self.drop_link(address, *number);
                 }
-                Error::Timeout { .. } | Error::ShuttingDown | Error::Failed { .. } => {
+                Error::Timeout { .. }
+                | Error::ShuttingDown
+                | Error::NotJoined { .. }
+                | Error::Failed { .. } => {
                     let until = Instant::now() + AVOIDED_FOR;
                     self.lock().avoided.insert(address.clone(), until);
                 }

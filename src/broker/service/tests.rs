@@ -4,10 +4,12 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::api::{PartitionReport, answer_from_message};
+use crate::broker::Broker;
+use crate::config::BrokerConfig;
 use crate::net::{Connection, NetConfig};
 use crate::runtime::Tasks;
 use crate::testkit::LocalCluster;
-use crate::types::{LeaderEpoch, PartitionId, ReplicaKind};
+use crate::types::{LeaderEpoch, Outcome, PartitionId, ReplicaKind};
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -168,4 +170,54 @@ async fn flushes_are_counted_on_every_broker() {
         );
     }
     cluster.shutdown().await;
+}
+
+/// Goal: a broker that waits for its cluster is not taken for an empty one. Method: one of two that found a cluster, without the other:
+/// every question of a client is refused for now; what founds a cluster is not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_broker_without_a_cluster_says_so() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = BrokerConfig {
+        listen: "127.0.0.1:0".to_owned(),
+        data_dir: directory.path().to_owned(),
+        // nobody listens on port 1
+        bootstrap: vec!["1@127.0.0.1:1".to_owned(), "2@127.0.0.1:1".to_owned()],
+        ..BrokerConfig::default()
+    };
+    let broker = Broker::builder(config).start().await.unwrap();
+    let name = TopicName::new("t").unwrap();
+    let partition = TopicPartition {
+        topic: name.clone(),
+        partition: PartitionId(0),
+    };
+    let ask = async |request| {
+        let call = Call {
+            timeout_ms: 5_000,
+            forward: true,
+            request,
+        };
+        broker.service.answer(call, None).await
+    };
+    for request in [
+        Request::Metadata { topics: None },
+        Request::ClusterStatus,
+        Request::DescribeTopics { topics: None },
+        Request::DeleteTopic { name },
+        Request::Trim {
+            partition,
+            offset: crate::types::Offset(0),
+        },
+    ] {
+        let shown = format!("{request:?}");
+        let error = ask(request).await.expect_err(&shown);
+        let expected = Error::NotJoined {
+            broker: BrokerId(1),
+        };
+        assert_eq!(error, expected, "{shown}");
+        assert!(error.is_retriable() && error.outcome() == Outcome::NotDone);
+    }
+    let cluster = ClusterId(7);
+    let adopted = ask(Request::AdoptCluster { cluster }).await;
+    assert_eq!(adopted, Ok(Response::Adopted));
+    broker.shutdown().await;
 }
