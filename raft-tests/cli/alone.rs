@@ -24,7 +24,7 @@ fn directory() -> TempDir {
 /// Goal: what is not understood is one line that says what to do, and exit code 2; help is no mistake. Method: a table.
 #[tokio::test]
 async fn wrong_usage_is_one_line_and_exit_code_2() {
-    let cases: [(&[&str], &[&str]); 17] = [
+    let cases: [(&[&str], &[&str]); 18] = [
         (
             &[],
             &[
@@ -72,6 +72,10 @@ async fn wrong_usage_is_one_line_and_exit_code_2() {
             &["--log \"loudly=very\" is not a filter; use error, warn"],
         ),
         (&["topic", "list", "--colour"], &["'--colour'"]),
+        (
+            &["produce", "t", "--timeout", "soon"],
+            &["--timeout", "use seconds, 0.001 to 86400"],
+        ),
     ];
     for (arguments, parts) in cases {
         let said = run(&[], arguments, b"").await;
@@ -410,9 +414,63 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
     let leaderless = serde_json::json!([{ "topic": "t", "partition": 0 }]);
     assert_eq!(status["leaderless"], leaderless, "{status:#}");
     assert_eq!(status["brokers"][0]["leads"], 0, "{status:#}");
+    // Who writes all the same is told why he waits, and then what has become of it.
+    let said = run(&at, &["produce", "t", "--timeout", "3"], b"x\n").await;
+    let lines: Vec<&str> = said.err.lines().collect();
+    let [waits, refused] = lines.as_slice() else {
+        panic!("{said:?}")
+    };
+    let waiting = "logboom: waiting for records to be appended to t, because ";
+    assert!(
+        waits.starts_with(waiting) && waits.contains("leader"),
+        "{said:?}"
+    );
+    assert!(
+        refused.contains("not every record was acknowledged"),
+        "{said:?}"
+    );
+    assert_eq!((said.code, said.out.len()), (Some(1), 0), "{said:?}");
     broker
         .start_kill()
         .unwrap_or_else(|error| panic!("{error}"));
+}
+
+/// Goal: a broker that waits for its cluster is not shown as an empty one, and a command waits for it only as long as it is told to, and says
+/// so. Method: one of two brokers that found a cluster, without the other, and an address where nobody is.
+#[tokio::test]
+async fn a_broker_without_its_cluster_is_no_empty_cluster() {
+    let home = directory();
+    let port = TcpListener::bind("127.0.0.1:0").and_then(|port| port.local_addr());
+    let address = port.unwrap_or_else(|error| panic!("{error}")).to_string();
+    let bootstrap = format!("1@{address},2@127.0.0.1:1");
+    let words = [
+        "serve",
+        "--log",
+        "off",
+        "--listen",
+        &address,
+        "--bootstrap",
+        &bootstrap,
+        "--data-dir",
+        home.path().to_str().expect("a path"),
+    ];
+    let _broker = command(&words)
+        .spawn()
+        .unwrap_or_else(|error| panic!("{error}"));
+    let (at, nobody) = ([address.clone()], ["127.0.0.1:1".to_owned()]);
+    wait_for("the broker to answer", WITHIN, async || {
+        let said = run(&at, &["topic", "list", "--timeout", "0.5"], b"").await;
+        ensure!(said.err.contains("has not joined"), "{said:?}");
+        said.refused(1, &["broker 1 has not joined its cluster yet", "bootstrap"]);
+        Ok(())
+    })
+    .await;
+    let said = run(&nobody, &["cluster", "status", "--timeout", "5.5"], b"").await;
+    assert_eq!((said.code, said.out.len()), (Some(1), 0), "{said:?}");
+    let waits = "waiting for a broker, because none of 127.0.0.1:1 answers; gives up after 5.5 s (--timeout)";
+    assert!(said.err.contains(waits), "{said:?}");
+    let last = said.err.lines().last().unwrap_or_default();
+    assert!(last.contains("is the cluster up?"), "{said:?}");
 }
 
 fn walk(directory: &Path) -> Vec<PathBuf> {

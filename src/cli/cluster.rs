@@ -10,7 +10,7 @@ use logboom::types::BrokerId;
 use serde_json::{Value, json};
 use tokio::time::Instant;
 
-use super::{ClusterAddress, FAILED, output, warn_of_stale};
+use super::{ClusterAddress, FAILED, output, waiting, warn_of_stale};
 
 /// Between two looks at a broker that is being emptied.
 const LOOK: Duration = Duration::from_millis(200);
@@ -61,13 +61,10 @@ struct ElectArgs {
 pub(super) async fn run(args: ClusterArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         ClusterCommand::Status(args) => {
-            let status = args
-                .cluster
-                .connect()
-                .await?
-                .admin()
-                .cluster_status()
-                .await?;
+            let client = args.cluster.connect().await?;
+            let admin = client.admin();
+            let asked = admin.cluster_status();
+            let status = waiting::reading(&client, "the state of the cluster", asked).await?;
             if args.json {
                 output::json(&status_json(&status))?;
             } else {
@@ -79,13 +76,10 @@ pub(super) async fn run(args: ClusterArgs) -> anyhow::Result<ExitCode> {
             }
         }
         ClusterCommand::ElectLeaders(args) => {
-            let moved = args
-                .cluster
-                .connect()
-                .await?
-                .admin()
-                .elect_leaders()
-                .await?;
+            let client = args.cluster.connect().await?;
+            let admin = client.admin();
+            let what = "leaderships to be handed back";
+            let moved = waiting::change(&client, what, admin.elect_leaders()).await?;
             for partition in &moved {
                 output::line(&format!("{partition} moved to its preferred leader"))?;
             }
@@ -100,15 +94,17 @@ pub(super) async fn run(args: ClusterArgs) -> anyhow::Result<ExitCode> {
 
 /// Asks again and again until the broker is empty. Interrupted, it leaves the moves that it has begun; begun anew, it goes on.
 async fn drain(args: DrainArgs) -> anyhow::Result<()> {
-    let admin = args.cluster.connect().await?.admin();
+    let client = args.cluster.connect().await?;
+    let (admin, silence_max) = (client.admin(), args.cluster.patience(SILENCE_MAX));
     let broker = BrokerId(args.broker);
+    let what = format!("the controller, to move what is on broker {broker}");
     let mut told = None;
     let mut answered = Instant::now();
     loop {
-        let view = match admin.drain(broker).await {
+        let view = match waiting::change(&client, &what, admin.drain(broker)).await {
             Ok(view) => view,
             // Asked again: the controller may be on its way to another broker.
-            Err(error) if error.is_retriable() && answered.elapsed() < SILENCE_MAX => {
+            Err(error) if error.is_retriable() && answered.elapsed() < silence_max => {
                 tokio::time::sleep(LOOK).await;
                 continue;
             }

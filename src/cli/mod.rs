@@ -21,6 +21,7 @@ mod serve;
 mod settings;
 mod svg;
 mod topics;
+mod waiting;
 
 use std::fmt;
 use std::io;
@@ -82,6 +83,19 @@ struct ClusterAddress {
         default_value = "127.0.0.1:9092"
     )]
     bootstrap: String,
+    /// How long the cluster may take for one answer before the command gives up; 30 without it, 60 for records to be acknowledged
+    #[arg(long, value_name = "SECONDS", value_parser = seconds, allow_negative_numbers = true)]
+    timeout: Option<Duration>,
+}
+
+/// Longest `--timeout`.
+const TIMEOUT_MAX: f64 = 86_400.0;
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    let number: Option<f64> = text.parse().ok();
+    let within = number.filter(|seconds| *seconds >= 0.001 && *seconds <= TIMEOUT_MAX);
+    let wrong = || format!("use seconds, 0.001 to {TIMEOUT_MAX}");
+    within.map(Duration::from_secs_f64).ok_or_else(wrong)
 }
 
 impl ClusterAddress {
@@ -101,8 +115,26 @@ impl ClusterAddress {
             .collect()
     }
 
+    /// How long an answer may take.
+    fn patience(&self, default: Duration) -> Duration {
+        self.timeout.unwrap_or(default)
+    }
+
     async fn connect(&self) -> anyhow::Result<Client> {
-        match Client::connect(&self.addresses(), ClientConfig::default()).await {
+        let default = ClientConfig::default();
+        let config = ClientConfig {
+            connect_deadline: self.patience(default.connect_deadline),
+            deadline: self.patience(default.deadline),
+            ..default
+        };
+        let (addresses, within) = (self.addresses(), config.connect_deadline);
+        let connecting = Client::connect(&addresses, config);
+        let connected = if within > ClientConfig::default().connect_deadline {
+            waiting::first_answer(&self.bootstrap, within, connecting).await
+        } else {
+            connecting.await
+        };
+        match connected {
             Ok(client) => Ok(client),
             Err(error @ Error::InvalidConfig { .. }) => Err(Usage(error.to_string()).into()),
             // It was found, and says itself what to do.
@@ -388,6 +420,8 @@ mod tests {
             "logboom check f --operations 5 --unknown 1 --leader-changes 1 --fault kill=2 --fault pause=1",
             "logboom --log debug topic list",
             "logboom topic list --log debug",
+            "logboom topic list --timeout 5",
+            "logboom produce t --timeout 0.5",
         ] {
             if let Err(error) = parse(line) {
                 panic!("{line}: {error}");
@@ -400,6 +434,10 @@ mod tests {
             "logboom consume t --from x",
             "logboom bench",
             "logboom bench W7",
+            "logboom topic list --timeout 0",
+            "logboom topic list --timeout -1",
+            "logboom topic list --timeout nan",
+            "logboom topic list --timeout 1e9",
         ] {
             assert!(parse(line).is_err(), "{line}");
         }
@@ -426,6 +464,7 @@ mod tests {
     fn bootstrap_takes_both_forms() {
         let address = ClusterAddress {
             bootstrap: "a:1, 2@b:2,,".to_owned(),
+            timeout: None,
         };
         assert_eq!(address.addresses(), ["a:1", "b:2"]);
     }

@@ -12,7 +12,7 @@ use logboom::types::{BrokerId, PartitionId, TopicName, TopicPartition};
 use serde_json::json;
 use tokio::time::Instant;
 
-use super::{ClusterAddress, Usage, output};
+use super::{ClusterAddress, Usage, output, waiting};
 
 /// Between two looks at a move.
 const LOOK: Duration = Duration::from_millis(200);
@@ -55,12 +55,16 @@ pub(super) async fn run(args: ReassignArgs) -> anyhow::Result<()> {
         partition: PartitionId(args.partition),
     };
     let replicas: Vec<BrokerId> = args.replicas.iter().copied().map(BrokerId).collect();
-    let admin = args.cluster.connect().await?.admin();
+    let client = args.cluster.connect().await?;
+    let admin = client.admin();
+    let what = format!("the controller, to move {partition}");
     let warnings = if args.cancel {
-        admin.cancel_reassignment(partition.clone()).await?;
+        let asked = admin.cancel_reassignment(partition.clone());
+        waiting::change(&client, &what, asked).await?;
         Vec::new()
     } else {
-        admin.reassign(partition.clone(), replicas.clone()).await?
+        let asked = admin.reassign(partition.clone(), replicas.clone());
+        waiting::change(&client, &what, asked).await?
     };
     if !args.json {
         for warning in &warnings {
@@ -69,7 +73,15 @@ pub(super) async fn run(args: ReassignArgs) -> anyhow::Result<()> {
     }
     let wanted = Some(replicas).filter(|_| !args.cancel);
     let view = if args.wait {
-        arrival(&admin, &partition, wanted.as_deref(), args.json).await?
+        let silence_max = args.cluster.patience(SILENCE_MAX);
+        let arriving = arrival(
+            &admin,
+            &partition,
+            wanted.as_deref(),
+            args.json,
+            silence_max,
+        );
+        waiting::progress(&client, "the move to end", silence_max, arriving).await?
     } else {
         look(&admin, &partition).await?
     };
@@ -125,6 +137,7 @@ async fn arrival(
     partition: &TopicPartition,
     wanted: Option<&[BrokerId]>,
     is_silent: bool,
+    silence_max: Duration,
 ) -> anyhow::Result<PartitionView> {
     let mut told = String::new();
     let mut answered = Instant::now();
@@ -139,7 +152,7 @@ async fn arrival(
                     told = text;
                 }
             }
-            Err(error) if answered.elapsed() > SILENCE_MAX => {
+            Err(error) if answered.elapsed() >= silence_max => {
                 bail!("{error:#}; the move goes on, ask again for the same to see it")
             }
             Err(_) => {} // the brokers may be restarting: the move goes on meanwhile

@@ -12,7 +12,7 @@ use logboom::client::{
 use logboom::types::{Acks, Error, Offset, TopicName};
 
 use super::lines::Lines;
-use super::{ClusterAddress, Usage};
+use super::{ClusterAddress, Usage, waiting};
 
 /// Longest line that is read: what the largest `max.message.bytes` takes.
 const LINE_BYTES_MAX: usize = 16 << 20;
@@ -98,15 +98,22 @@ pub(super) async fn produce(args: ProduceArgs) -> anyhow::Result<ExitCode> {
         );
     }
     let client = args.cluster.connect().await?;
+    let default = ProducerConfig::default();
     let config = ProducerConfig {
         acks: args.acks.acks(),
-        ..ProducerConfig::default()
+        delivery_timeout: args.cluster.patience(default.delivery_timeout),
+        ..default
     };
+    let within = config.delivery_timeout;
     let producer = Producer::new(&client, &args.topic, config)?;
     let mut lines = Lines::read(io::stdin(), LINE_BYTES_MAX);
-    let sent = send_all(&producer, &args, &mut lines).await;
-    // What was sent is seen to its end, whatever went wrong behind it.
-    let acknowledged = producer.close().await;
+    let work = async {
+        let sent = send_all(&producer, &args, &mut lines).await;
+        // What was sent is seen to its end, whatever went wrong behind it.
+        (sent, producer.close().await)
+    };
+    let what = format!("records to be appended to {}", args.topic);
+    let (sent, acknowledged) = waiting::progress(&client, &what, within, work).await;
     sent?;
     acknowledged.map_err(|error| anyhow::anyhow!("not every record was acknowledged: {error}"))?;
     Ok(ExitCode::SUCCESS)
@@ -165,13 +172,14 @@ pub(super) async fn consume(args: ConsumeArgs) -> anyhow::Result<ExitCode> {
     let mut stream = consumer.stream();
     let mut out = BufWriter::with_capacity(64 << 10, io::stdout());
     let mut left = args.max.unwrap_or(u64::MAX);
+    let what = format!("records of {}", args.topic);
     while left > 0 {
         // Before waiting, what is here is shown.
         let next = if let Some(next) = stream.next().now_or_never() {
             next
         } else {
             out.flush()?;
-            stream.next().await
+            waiting::reading(&client, &what, stream.next()).await
         };
         match next {
             Some(Ok(record)) => write_value(&mut out, &record)?,

@@ -10,7 +10,7 @@ use logboom::types::TopicName;
 use serde_json::{Value, json};
 
 use super::reassign::{self, ReassignArgs};
-use super::{ClusterAddress, Usage, output, warn_of_stale};
+use super::{ClusterAddress, Usage, output, waiting, warn_of_stale};
 
 #[derive(Debug, Args)]
 pub(super) struct TopicArgs {
@@ -94,7 +94,9 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
     match args.command {
         TopicCommand::Create(args) => create(args).await?,
         TopicCommand::List(args) => {
-            let known = args.cluster.connect().await?.admin().list_known().await?;
+            let client = args.cluster.connect().await?;
+            let admin = client.admin();
+            let known = waiting::reading(&client, "the list of topics", admin.list_known()).await?;
             if args.json {
                 let one = |topic| with_stale(route_json(topic), known.stale);
                 output::json(&known.topics.iter().map(one).collect::<Vec<_>>())?;
@@ -110,8 +112,10 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
                 check_name(name)?;
             }
             let names = args.name.map(|name| vec![name]);
-            let admin = args.cluster.connect().await?.admin();
-            let known = admin.describe_known(names.as_deref()).await?;
+            let client = args.cluster.connect().await?;
+            let admin = client.admin();
+            let asked = admin.describe_known(names.as_deref());
+            let known = waiting::reading(&client, "the description", asked).await?;
             if args.json {
                 let one = |topic| with_stale(topic_json(topic), known.stale);
                 output::json(&known.topics.iter().map(one).collect::<Vec<_>>())?;
@@ -125,12 +129,10 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
         TopicCommand::Reassign(args) => reassign::run(args).await?,
         TopicCommand::Delete(args) => {
             check_name(&args.name)?;
-            args.cluster
-                .connect()
-                .await?
-                .admin()
-                .delete_topic(&args.name)
-                .await?;
+            let client = args.cluster.connect().await?;
+            let admin = client.admin();
+            let what = format!("topic {} to be deleted", args.name);
+            waiting::change(&client, &what, admin.delete_topic(&args.name)).await?;
         }
     }
     Ok(ExitCode::SUCCESS)
@@ -140,8 +142,10 @@ async fn create(args: CreateArgs) -> anyhow::Result<()> {
     check_name(&args.name)?;
     let mut topic = NewTopic::new(&args.name, args.partitions, args.replication_factor);
     topic.config = args.config.into_iter().collect::<BTreeMap<_, _>>();
-    let admin = args.cluster.connect().await?.admin();
-    let created = admin.create_topic(topic).await?;
+    let client = args.cluster.connect().await?;
+    let admin = client.admin();
+    let what = format!("topic {} to be created and led", args.name);
+    let created = waiting::change(&client, &what, admin.create_topic(topic)).await?;
     if args.json {
         let (name, partitions) = (&args.name, args.partitions);
         return output::json(&json!({

@@ -78,7 +78,7 @@ impl Admin {
         Self { client }
     }
 
-    /// Creates a topic and waits, up to ten seconds, until each partition has a leader; one that has none by then is named in the
+    /// Creates a topic and waits, up to ten seconds and never longer than [`ClientConfig::deadline`](super::ClientConfig::deadline), until each partition has a leader; one that has none by then is named in the
     /// warnings. An unknown outcome is reported and not repeated. Cancel: the topic may be created or not.
     pub async fn create_topic(&self, topic: NewTopic) -> Result<Created, Error> {
         let name = TopicName::new(&topic.name)?;
@@ -105,7 +105,8 @@ impl Admin {
 
     /// How many of the partitions have no leader in the end.
     async fn wait_for_leaders(&self, name: &TopicName, partitions: u32) -> usize {
-        let deadline = Instant::now() + LEADERS_WITHIN;
+        let patience = LEADERS_WITHIN.min(self.client.config().deadline);
+        let deadline = Instant::now() + patience;
         let all = usize::try_from(partitions).unwrap_or(usize::MAX);
         loop {
             let request = Request::Metadata {

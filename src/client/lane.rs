@@ -526,10 +526,15 @@ impl Sender {
             Some(Error::OutOfOrderSequence { .. }) | None => None,
             other => other,
         };
+        let client = self.client.clone();
+        let mut shown = client.retry_place();
         loop {
             if let Some(error) = failed.take() {
                 match flight.retry.failed(error, Instant::now(), jitter()) {
-                    Verdict::Again(wait) => tokio::time::sleep(wait).await,
+                    Verdict::Again(wait) => {
+                        shown.failed(flight.retry.reason());
+                        tokio::time::sleep(wait).await;
+                    }
                     Verdict::Final(error) => return Err(error),
                 }
             }

@@ -13,6 +13,7 @@ mod lane;
 mod partitioner;
 mod producer;
 mod retry;
+mod retrying;
 mod router;
 mod topic;
 
@@ -29,10 +30,12 @@ pub use self::admin::{Admin, Created, Known, NewTopic};
 pub use self::consumer::{Consumer, ConsumerConfig, From, Partitions, Until};
 pub use self::partitioner::murmur2;
 pub use self::producer::{Delivery, Producer, ProducerConfig};
+pub use self::retrying::Retrying;
 pub use self::topic::{Ack, ConsumerRecord, Partition, ReadRecords, Topic};
 pub use crate::record::Record;
 
 use self::retry::{Backoff, Repeat, Retry, Verdict};
+use self::retrying::{Place, Retries};
 use self::router::{Dial, Route, Router, Way};
 use crate::api::{Call, Request, Response, Service, answer_from_message};
 use crate::net::{Connection, NetConfig, NetError};
@@ -107,6 +110,7 @@ pub struct Client {
 struct Inner {
     config: ClientConfig,
     router: Arc<Router>,
+    retries: Retries,
     tasks: Tasks,
 }
 
@@ -168,6 +172,7 @@ impl Client {
             inner: Arc::new(Inner {
                 config,
                 router,
+                retries: Retries::default(),
                 tasks,
             }),
         }
@@ -198,6 +203,17 @@ impl Client {
         Ok(Topic::new(self.clone(), TopicName::new(name)?))
     }
 
+    /// The request, of this client or one of its clones, that has been failing for the longest time and is being made again: what one who
+    /// waits for an answer waits for.
+    pub fn retrying(&self) -> Option<Retrying> {
+        self.inner.retries.oldest()
+    }
+
+    /// Where a request shows that it is repeated.
+    fn retry_place(&self) -> Place<'_> {
+        self.inner.retries.place()
+    }
+
     fn router(&self) -> &Arc<Router> {
         &self.inner.router
     }
@@ -218,6 +234,7 @@ impl Client {
         let repeat = Repeat::of(&request);
         let route = Route::of(&request);
         let mut retry = self.retry(repeat, deadline);
+        let mut shown = self.retry_place();
         loop {
             let error = match self.attempt(&route, &request, &retry, repeat).await {
                 Ok(response) => return Ok(response),
@@ -225,7 +242,10 @@ impl Client {
             };
             tracing::trace!(%error, "attempt failed");
             match retry.failed(error, Instant::now(), jitter()) {
-                Verdict::Again(wait) => tokio::time::sleep(wait).await,
+                Verdict::Again(wait) => {
+                    shown.failed(retry.reason());
+                    tokio::time::sleep(wait).await;
+                }
                 Verdict::Final(error) => return Err(error),
             }
         }

@@ -79,6 +79,8 @@ pub(crate) struct Retry {
     unknown: Option<Error>,
     /// The last reason that a broker gave: it tells more than that another broker cannot be reached.
     answered: Option<Error>,
+    /// What failed last.
+    last: Option<Error>,
     failures: u32,
     hinted: bool,
     topic_unknown_since: Option<Instant>,
@@ -92,6 +94,7 @@ impl Retry {
             deadline,
             unknown: None,
             answered: None,
+            last: None,
             failures: 0,
             hinted: false,
             topic_unknown_since: None,
@@ -132,6 +135,7 @@ impl Retry {
         if !unknown && !matches!(error, Error::Unreachable { .. }) {
             self.answered = Some(error.clone());
         }
+        self.last = Some(error.clone());
         self.failures = self.failures.saturating_add(1);
         // An attempt that is cut off too early to be answered would turn a definite failure into an unknown one.
         let needed = match self.repeat {
@@ -142,6 +146,14 @@ impl Retry {
             Verdict::Again(wait)
         } else {
             Verdict::Final(self.give_up(error))
+        }
+    }
+
+    /// Why another attempt is made: what a broker said last, or else why none could be asked.
+    pub(crate) fn reason(&self) -> Option<Error> {
+        match &self.last {
+            Some(Error::Unreachable { .. }) => self.answered.clone().or_else(|| self.last.clone()),
+            last => last.clone(),
         }
     }
 
@@ -298,6 +310,9 @@ mod tests {
         ] {
             let (mut retry, now) = retry(Repeat::Once);
             assert!(matches!(retry.failed(first, now, 0), Verdict::Again(_)));
+            let again = retry.failed(unreachable.clone(), now, 0);
+            assert!(matches!(again, Verdict::Again(_)));
+            assert_eq!(retry.reason(), Some(told.clone()), "to one who waits");
             let late = now + Duration::from_secs(20);
             let verdict = retry.failed(unreachable.clone(), late, 0);
             assert_eq!(verdict, Verdict::Final(told));

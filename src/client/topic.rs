@@ -232,13 +232,17 @@ impl Client {
     /// The routes of a topic, looked for until the deadline.
     pub(super) async fn topic_route(&self, name: &TopicName) -> Result<TopicRoute, Error> {
         let mut retry = self.retry(Repeat::Read, Instant::now() + self.config().deadline);
+        let mut shown = self.retry_place();
         loop {
             let error = match self.router().topic(name).await {
                 Ok(route) => return Ok(route),
                 Err(error) => error,
             };
             match retry.failed(error, Instant::now(), jitter()) {
-                Verdict::Again(wait) => tokio::time::sleep(wait).await,
+                Verdict::Again(wait) => {
+                    shown.failed(retry.reason());
+                    tokio::time::sleep(wait).await;
+                }
                 Verdict::Final(error) => return Err(error),
             }
         }

@@ -218,6 +218,7 @@ impl Settings {
         let named = args.bootstrap.as_ref().map(|bootstrap| {
             let address = ClusterAddress {
                 bootstrap: bootstrap.clone(),
+                timeout: None,
             };
             address.addresses()
         });
