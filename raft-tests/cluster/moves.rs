@@ -9,8 +9,10 @@ use logboom::types::{BrokerId, Error, PartitionId, TopicName, TopicPartition};
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
 use rand::{Rng, SeedableRng};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, BufReader};
 
-use crate::support::command::run;
+use crate::support::command::{run, spawn};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
 use crate::{HEAL, create, describe, healed, seed};
 
@@ -222,7 +224,7 @@ async fn the_command_line_moves_a_partition() {
     let shown = text(run(&bootstrap, &describe, b"").await.good());
     assert!(!shown.contains("MOVING"), "{shown}");
     let said = text(reassign(&["--cancel", "--wait", "--json"]).await.good());
-    let said: serde_json::Value = serde_json::from_str(&said).unwrap_or_default();
+    let said: Value = serde_json::from_str(&said).unwrap_or_default();
     assert_eq!(said["replicas"], serde_json::json!([2, 3, 4]), "{said}");
     assert_eq!(said["reassigning"], false, "{said}");
     let said = reassign(&["--replicas", "2,2"]).await;
@@ -382,7 +384,8 @@ async fn a_move_that_cannot_end_is_cancelled_or_redirected() {
 }
 
 /// Goal: a broker is emptied of copies, leaderships and witnesses under load, and can be stopped for good. Method: drain broker 1,
-/// and then 2, of partitions with three copies and with two and a witness; on too few brokers it says so.
+/// and then 2, of partitions with three copies and with two and a witness; on too few brokers it says so, and of what cannot leave because its only
+/// copy is on a dead broker as well.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_broker_is_drained_under_load() {
     let mut cluster = ProcessCluster::start_brokers(5).await;
@@ -400,12 +403,24 @@ async fn a_broker_is_drained_under_load() {
         workload.wait_acked(500, HEAL).await;
         second.wait_acked(500, HEAL).await;
         let number = broker.to_string();
-        let said = run(&bootstrap, &["cluster", "drain", &number], b"")
-            .await
-            .good();
-        let said = String::from_utf8_lossy(&said).into_owned();
-        let last = format!("broker {broker} holds no partition any more and can be stopped");
-        assert_eq!(said.lines().last(), Some(last.as_str()), "{said}");
+        let form = if broker == 1 { None } else { Some("--json") };
+        let words: Vec<&str> = ["cluster", "drain", &number]
+            .into_iter()
+            .chain(form)
+            .collect();
+        let said = run(&bootstrap, &words, b"").await;
+        assert_eq!(said.code, Some(0), "{said:?}");
+        let said = String::from_utf8_lossy(&said.out).into_owned();
+        if form.is_some() {
+            let said: Value = serde_json::from_str(&said).unwrap_or_else(|error| panic!("{error}"));
+            let begun = said["begun"].as_array().expect("a list");
+            assert!(!begun.is_empty() && begun[0]["topic"].is_string(), "{said}");
+            let end = json!({"broker": broker, "begun": begun, "remaining": 0, "stuck": []});
+            assert_eq!(said, end);
+        } else {
+            let last = format!("broker {broker} holds no partition any more and can be stopped");
+            assert_eq!(said.lines().last(), Some(last.as_str()), "{said}");
+        }
         cluster.stop(broker).await;
         assert_eq!(
             groups(&cluster, broker),
@@ -418,8 +433,21 @@ async fn a_broker_is_drained_under_load() {
     }
     // Three are left, and every topic needs three.
     cluster.wait_alive(HEAL).await;
-    let said = run(&bootstrap, &["cluster", "drain", "3"], b"").await;
+    let said = run(&bootstrap, &["cluster", "drain", "3", "--json"], b"").await;
     assert_eq!(said.code, Some(1), "{said:?}");
+    let told: Value = serde_json::from_slice(&said.out).unwrap_or_else(|error| panic!("{error}"));
+    let stuck = told["stuck"].as_array().expect("a list");
+    assert_eq!(
+        (&told["remaining"], stuck.len()),
+        (&10.into(), 10),
+        "{told}"
+    );
+    assert!(
+        stuck[0]["reason"]
+            .as_str()
+            .is_some_and(|why| why.contains("add one")),
+        "{told}"
+    );
     assert!(said.err.contains("cannot leave broker 3"), "{said:?}");
     for (topic, number) in [TOPIC, "moves-two"]
         .iter()
@@ -433,8 +461,35 @@ async fn a_broker_is_drained_under_load() {
     verify(&client, "moves-two", 5, &two)
         .await
         .assert_good(1_000);
+    what_does_not_leave_is_told(&mut cluster, &client).await;
     let errors = cluster.errors(&[]);
     assert!(errors.is_empty(), "{errors:#?}");
+}
+
+/// A partition whose only copy is on a dead broker cannot leave it, and the command says so while it waits.
+async fn what_does_not_leave_is_told(cluster: &mut ProcessCluster, client: &Client) {
+    cluster.restart(1).await;
+    cluster.wait_alive(HEAL).await;
+    let mut alone = NewTopic::new("alone", 1, 1);
+    alone.assignment = vec![ids(&[1])];
+    let created = client.admin().create_topic(alone).await;
+    created.unwrap_or_else(|error| panic!("{error}"));
+    cluster.kill_9(1).await;
+    let bootstrap = cluster.bootstrap();
+    let mut drain = spawn(&bootstrap, &["cluster", "drain", "1", "--json"]);
+    let mut lines = BufReader::new(drain.stderr.take().expect("its errors")).lines();
+    let expected =
+        "logboom: waiting for 1 partitions to leave broker 1, because alone-0 has no leader";
+    let told = tokio::time::timeout(HEAL, async {
+        loop {
+            let line = lines.next_line().await.expect("a line").expect("it waits");
+            if line == expected {
+                return;
+            }
+        }
+    });
+    told.await.expect("it says what it waits for");
+    drain.kill().await.expect("it runs");
 }
 
 async fn random_moves(name: &str, brokers: u32, factor: usize, moves: usize) {

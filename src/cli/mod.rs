@@ -12,6 +12,7 @@ mod compare;
 mod demo;
 mod dev;
 mod directory;
+mod drain;
 mod lines;
 mod output;
 mod progress;
@@ -410,6 +411,9 @@ mod tests {
             "logboom consume t --from 17",
             "logboom cluster status --json",
             "logboom cluster elect-leaders",
+            "logboom cluster elect-leaders --json",
+            "logboom cluster drain 1 --json",
+            "logboom topic delete t --json",
             "logboom fsck d --json",
             "logboom bench all",
             "logboom bench W1 --bootstrap a:1,b:2 --duration 5 --record-size 100 --batch-bytes 1000 --single-records --plot f.svg --json",

@@ -3,6 +3,7 @@
 use std::io::{self, Write};
 
 use logboom::api::Stale;
+use logboom::types::TopicPartition;
 use serde_json::{Value, json};
 
 /// Writes `text` and sees it off.
@@ -37,6 +38,13 @@ pub(super) fn stale(stale: Option<Stale>) -> Value {
         Value::Null,
         |stale| json!({ "broker": stale.broker, "age_ms": stale.age_ms }),
     )
+}
+
+/// Partitions in JSON.
+pub(super) fn partitions<'a>(list: impl IntoIterator<Item = &'a TopicPartition>) -> Vec<Value> {
+    list.into_iter()
+        .map(|one| json!({ "topic": one.topic, "partition": one.partition }))
+        .collect()
 }
 
 /// Rows under a heading, in columns as wide as they need.

@@ -76,6 +76,9 @@ struct DescribeArgs {
 struct DeleteArgs {
     /// The topic
     name: String,
+    /// One JSON object instead of nothing
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     cluster: ClusterAddress,
 }
@@ -133,6 +136,9 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
             let admin = client.admin();
             let what = format!("topic {} to be deleted", args.name);
             waiting::change(&client, &what, admin.delete_topic(&args.name)).await?;
+            if args.json {
+                output::json(&json!({ "name": args.name, "deleted": true }))?;
+            }
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 
 use crate::support::ProcessCluster;
@@ -31,6 +32,7 @@ async fn records_go_through_the_command_line_unchanged() {
     awkward_lines(&at).await;
     where_to_begin_and_end(&at).await;
     mistakes(&at).await;
+    answers_as_json(&at).await;
     follows_and_survives_a_closed_pipe(&at).await;
     let errors = cluster.errors(&[]);
     assert!(errors.is_empty(), "{errors:#?}");
@@ -364,6 +366,24 @@ async fn mistakes(at: &[String]) {
         run(&[wrong.to_owned()], &["topic", "list"], b"")
             .await
             .refused(2, &["host:port"]);
+    }
+}
+
+/// What changes something has an answer for scripts as well.
+async fn answers_as_json(at: &[String]) {
+    for (words, answer) in [
+        (
+            &["topic", "delete", "small", "--json"][..],
+            json!({ "name": "small", "deleted": true }),
+        ),
+        (
+            &["cluster", "elect-leaders", "--json"],
+            json!({ "moved": [] }),
+        ),
+    ] {
+        let out = run(at, words, b"").await.good();
+        let out: Value = serde_json::from_slice(&out).unwrap_or_else(|error| panic!("{error}"));
+        assert_eq!(out, answer, "{words:?}");
     }
 }
 
