@@ -307,7 +307,14 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
     let file = home.path().join("file");
     fs::write(&file, "x").unwrap_or_else(|error| panic!("{error}"));
     let file = file.to_str().expect("a path");
-    serve("1", "127.0.0.1:0", file).await.refused(1, &[file]);
+    serve("1", "127.0.0.1:0", file)
+        .await
+        .refused(1, &[file, "cannot be used: not a directory"]);
+    let home = home.path().to_str().expect("a path");
+    serve("1", "127.0.0.1:0", home).await.refused(
+        1,
+        &["is not empty and not a broker's: data is in it; name a new or an empty"],
+    );
     let fsck = async |directory: &str| {
         let said = run(&[], &["fsck", directory], b"").await;
         Said {
@@ -324,9 +331,7 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
         ],
     );
     fsck(file).await.refused(2, &[file, "cannot be checked"]);
-    fsck(home.path().to_str().expect("a path"))
-        .await
-        .refused(2, &["it is no data directory"]);
+    fsck(home).await.refused(2, &["it is no data directory"]);
 
     signal(&broker, Signal::TERM);
     assert_eq!(finish(broker, b"").await.code, Some(0), "after SIGTERM");

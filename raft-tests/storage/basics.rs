@@ -1,7 +1,10 @@
 //! The face of the store, call by call, over both disks.
 
+use std::fs;
+use std::path::Path;
+
 use bytes::Bytes;
-use logboom::storage::{StorageError, Store, Verdict, fsck};
+use logboom::storage::{StorageError, Store, Verdict, check_directory, fsck};
 use logboom::types::{BrokerId, ClusterId, GroupId, LogIndex};
 
 use crate::support::*;
@@ -151,5 +154,76 @@ async fn a_directory_has_one_owner() {
         assert_eq!(store.identity().incarnation, incarnation);
         assert_eq!(store.groups(), vec![(GroupId(1), replica(2))]);
         store.close().await.unwrap();
+    }
+}
+
+/// Goal: a directory is taken that is new, empty, or begun and never finished, and no other; who only asks changes nothing. Method: a
+/// table of what is in it, asked and then opened.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_directory_with_something_else_in_it_is_left_alone() {
+    let entries = |path: &Path| {
+        let entries = fs::read_dir(path).unwrap();
+        let mut names: Vec<String> = entries
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        names.sort();
+        names
+    };
+    let cases: [(&[&str], Option<&str>); 6] = [
+        (&[], None),
+        (&["lost+found"], None),
+        (&["LOCK", "watermark", "identity.new"], None),
+        (&["notes.txt"], Some("notes.txt")),
+        (&["LOCK", "broker-1", "journal.txt"], Some("broker-1")),
+        (&["identity.txt", "lost+found"], Some("identity.txt")),
+    ];
+    for (before, foreign) in cases {
+        let place = Place::real();
+        let path = place.path();
+        fs::create_dir(&path).unwrap();
+        for name in before {
+            fs::write(path.join(name), "").unwrap();
+        }
+        let asked = check_directory(&path, BrokerId(1));
+        match foreign {
+            None => {
+                asked.unwrap();
+                let store = place.open().unwrap();
+                let used = check_directory(&path, BrokerId(1));
+                assert!(matches!(used, Err(StorageError::InUse { .. })), "{used:?}");
+                store.close().await.unwrap();
+                check_directory(&path, BrokerId(1)).unwrap();
+                // It is ours now, whatever is put beside.
+                fs::write(path.join("notes.txt"), "").unwrap();
+                place.open().unwrap().close().await.unwrap();
+                let other = check_directory(&path, BrokerId(2)).unwrap_err().to_string();
+                let owner = "belongs to broker 1 (but holds nothing of any cluster yet";
+                assert!(other.contains(owner), "{other}");
+            }
+            Some(foreign) => {
+                for refused in [asked, place.open().map(drop)] {
+                    let Err(StorageError::Occupied { name, .. }) = refused else {
+                        panic!("{before:?}: {refused:?}");
+                    };
+                    assert_eq!(name, foreign);
+                }
+                let mut before = before.to_vec();
+                before.sort_unstable();
+                assert_eq!(entries(&path), before);
+            }
+        }
+    }
+    let place = Place::real();
+    check_directory(&place.path(), BrokerId(1)).unwrap();
+    assert!(!place.path().exists());
+    fs::write(place.path(), "").unwrap();
+    for refused in [
+        check_directory(&place.path(), BrokerId(1)),
+        place.open().map(drop),
+    ] {
+        assert!(
+            matches!(refused, Err(StorageError::Unusable { .. })),
+            "{refused:?}"
+        );
     }
 }

@@ -109,8 +109,10 @@ fn sync_path(path: &Path) -> io::Result<()> {
 
 impl Disk for RealDisk {
     fn create_root(&self) -> io::Result<()> {
-        if self.root.is_dir() {
-            return Ok(());
+        match fs::metadata(&self.root) {
+            Ok(found) if found.is_dir() => return Ok(()),
+            Ok(_) => return Err(io::ErrorKind::NotADirectory.into()),
+            Err(_) => {}
         }
         let missing: Vec<&Path> = self
             .root

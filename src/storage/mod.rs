@@ -15,6 +15,7 @@ use crate::types::{BrokerId, ClusterId, EntryId, Incarnation};
 
 mod catalog;
 mod cataloger;
+mod claim;
 mod cleaner;
 mod committer;
 mod core;
@@ -35,6 +36,7 @@ mod open;
 mod scan;
 
 pub use catalog::is_panic_guarded;
+pub use claim::check_directory;
 pub use fsck::{Finding, FsckReport, Verdict, fsck};
 pub use handle::{GroupStore, Store};
 #[cfg(any(test, feature = "testkit"))]
@@ -149,6 +151,26 @@ pub enum StorageError {
     InUse {
         /// The directory.
         directory: PathBuf,
+    },
+    /// The operating system does not let this process use it, or it is no directory.
+    #[error(
+        "data directory {directory} cannot be used: {reason}; name a directory that this process may read and write"
+    )]
+    Unusable {
+        /// The directory.
+        directory: PathBuf,
+        /// What the operating system says.
+        reason: String,
+    },
+    /// The directory has something else in it and no data of a broker.
+    #[error(
+        "data directory {directory} is not empty and not a broker's: {name} is in it; name a new or an empty directory"
+    )]
+    Occupied {
+        /// The directory.
+        directory: PathBuf,
+        /// The first thing in it that no broker makes.
+        name: String,
     },
     /// Bytes that were durable are missing or wrong.
     #[error(

@@ -1,6 +1,6 @@
 //! Opening a data directory: judge first, change afterwards.
 //!
-//! Owns the order of things at start: lock, identity, watermark, survey of the journal, catalog, scan, checks; only
+//! Owns the order of things at start: content, lock, identity, watermark, survey of the journal, catalog, scan, checks; only
 //! when all of that has succeeded are torn bytes cut, leftovers removed, the catalog brought up to date and the boot
 //! counted. A directory that is refused is left as it was (but for the catalog, which is a cache).
 
@@ -14,16 +14,17 @@ use tokio::sync::watch;
 
 use super::catalog::Catalog;
 use super::cataloger::{CatalogQueue, Cataloger, remove_segments};
+use super::claim::Claim;
 use super::cleaner::Cleaner;
 use super::committer::{Committer, Queue};
 use super::core::{Core, JOURNAL_DIR, segment_path};
 use super::disk::{Disk, DiskFile, Lock};
 use super::frame::{
-    FORMAT, FRAME_HEADER, SEGMENT_HEADER, SegmentHead, get_checkpoint, get_head, seed, verify,
+    FRAME_HEADER, SEGMENT_HEADER, SegmentHead, get_checkpoint, get_head, seed, verify,
 };
 use super::group::{Group, Kept, Log};
-use super::identity::{self, Found, Identity, Mark, Watermark};
-use super::ledger::{Ledger, LedgerError, Meta};
+use super::identity::{self, Identity, Mark, Watermark};
+use super::ledger::{Ledger, Meta};
 use super::scan::{Scan, ScanError, Survey, survey};
 use super::{Checkpoint, DirectoryIdentity, StorageError, StoreConfig};
 use crate::runtime;
@@ -50,69 +51,20 @@ impl Opener<'_> {
         }
     }
 
-    fn damaged(&self, what: String) -> StorageError {
-        StorageError::Damaged {
-            directory: self.config.directory.clone(),
-            what,
+    fn claim(&self) -> Claim<'_> {
+        Claim {
+            disk: &*self.disk,
+            directory: &self.config.directory,
+            broker: self.broker,
         }
+    }
+
+    fn damaged(&self, what: String) -> StorageError {
+        self.claim().damaged(what)
     }
 
     fn scan_error(&self, error: ScanError) -> StorageError {
-        match error {
-            ScanError::Io(error) => self.io(&error),
-            ScanError::Damaged(what) | ScanError::Ledger(LedgerError::Damaged(what)) => {
-                self.damaged(what)
-            }
-            ScanError::Ledger(LedgerError::Catalog(error)) => StorageError::Failed {
-                what: error.to_string(),
-            },
-        }
-    }
-
-    /// The identity, and the mark; `None` when the directory is new.
-    fn identify(&self) -> Result<Option<(Identity, Mark)>, StorageError> {
-        let io = |error: io::Error| self.io(&error);
-        let identity = match identity::read(&*self.disk).map_err(io)? {
-            Found::Identity(identity) => identity,
-            Found::Damaged(what) => return Err(self.damaged(what)),
-            Found::Newer(found) => {
-                let directory = self.config.directory.clone();
-                return Err(StorageError::UnknownFormat {
-                    directory,
-                    found,
-                    known: FORMAT,
-                });
-            }
-            Found::None => {
-                self.check_new()?;
-                return Ok(None);
-            }
-        };
-        if identity.broker != self.broker {
-            return Err(StorageError::Foreign {
-                directory: self.config.directory.clone(),
-                owner: format!("broker {}", identity.broker),
-                asked: format!("broker {}", self.broker),
-            });
-        }
-        let mark = identity::read_watermark(&*self.disk, identity.incarnation).map_err(io)?;
-        Ok(Some((identity, mark.map_err(|what| self.damaged(what))?)))
-    }
-
-    /// Without an identity there may be nothing, or what a creation that never finished has left.
-    fn check_new(&self) -> Result<(), StorageError> {
-        let bases = super::scan::list(&*self.disk).map_err(|error| self.scan_error(error))?;
-        for base in bases.unwrap_or_default() {
-            let file = self
-                .disk
-                .open(&segment_path(base))
-                .map_err(|error| self.io(&error))?;
-            let len = file.len().map_err(|error| self.io(&error))?;
-            if base != 0 || len > SEGMENT_HEADER {
-                return Err(self.damaged("there is a journal, but no identity".to_owned()));
-            }
-        }
-        Ok(())
+        self.claim().scan_error(error)
     }
 
     /// Makes a new directory; its identity comes last, so that it either is there as a whole or begins again.
@@ -282,7 +234,7 @@ impl Opener<'_> {
             let file = self.disk.open(&segment_path(segment))?;
             file.read_at(&mut bytes, position - segment)
         };
-        let got = { read }().map_err(|error| self.io(&error))?;
+        let got = { read }().map_err(|error| self.claim().unusable(&error))?;
         let frame = bytes
             .get(..got)
             .and_then(|bytes| bytes.split_at_checked(FRAME_HEADER));
@@ -364,13 +316,13 @@ pub(super) fn open(
         broker,
     };
     let io = |error: io::Error| opener.io(&error);
-    disk.create_root().map_err(io)?;
-    let Some(lock) = disk.lock().map_err(io)? else {
-        return Err(StorageError::InUse {
-            directory: config.directory.clone(),
-        });
-    };
-    let (identity, mark) = match opener.identify()? {
+    let claim = opener.claim();
+    let unusable = |error: io::Error| claim.unusable(&error);
+    disk.create_root().map_err(unusable)?;
+    claim.check_content()?;
+    let lock = disk.lock().map_err(unusable)?;
+    let lock = lock.ok_or_else(|| claim.in_use())?;
+    let (identity, mark) = match claim.identify()? {
         Some(known) => known,
         None => opener.create()?,
     };
