@@ -125,8 +125,8 @@ async fn demo_that_is_interrupted_leaves_no_broker_behind() {
     }
 }
 
-/// Goal: `dev` stays up, stops in order on Ctrl-C, and goes on with its data. Method: write, stop, start again on other ports,
-/// read.
+/// Goal: `dev` stays up, stops in order on Ctrl-C, and goes on with its data, which no second `dev` and no other number of brokers
+/// touches. Method: write, try the others, stop, start again on other ports, read.
 #[tokio::test]
 async fn dev_keeps_its_data() {
     let home = directory();
@@ -145,6 +145,8 @@ async fn dev_keeps_its_data() {
             .map(str::to_owned)
             .collect();
         assert_eq!(at.len(), 3, "{ready}");
+        refused_by_dev(data, "3", 1, &["broker-1 is in use by another process"]).await;
+        refused_by_dev(data, "5", 1, &["broker-1 is in use by another process"]).await;
         if round == 0 {
             run(
                 &at,
@@ -175,6 +177,21 @@ async fn dev_keeps_its_data() {
         let said = finish(dev, b"").await;
         assert_eq!((said.code, said.err.as_str()), (Some(0), ""), "{said:?}");
         none_is_left(data).await;
+        let other = &["a cluster of 3 brokers: go on with --brokers 3", "--data"];
+        refused_by_dev(data, "5", 2, other).await;
+    }
+}
+
+/// `dev` with so many brokers is refused, and has written nothing.
+async fn refused_by_dev(data: &str, brokers: &str, code: i32, parts: &[&str]) {
+    let words = ["dev", "--port", "0", "--data", data, "--brokers", brokers];
+    run(&[], &words, b"").await.refused(code, parts);
+    let names = fs::read_dir(data).unwrap_or_else(|error| panic!("{error}"));
+    assert_eq!(names.count(), 6, "three directories and three logs");
+    for id in 1..=3 {
+        let log = Path::new(data).join(format!("broker-{id}.log"));
+        let log = fs::read_to_string(log).unwrap_or_else(|error| panic!("{error}"));
+        assert!(!log.contains("in use"), "{log}");
     }
 }
 
