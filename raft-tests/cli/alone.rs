@@ -300,7 +300,8 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
     let other = other.to_str().expect("a path");
     serve("1", &address, other)
         .await
-        .refused(1, &[&address, "in use"]);
+        .refused(1, &[&address, "in use", "use another address"]);
+    assert!(!Path::new(other).exists(), "something was made");
     serve("1", "127.0.0.1:0", data)
         .await
         .refused(1, &[data, "in use by another process"]);

@@ -3,7 +3,7 @@
 //! Owns the broker's tasks and the latch that says why it stopped. Decides nothing about replication: what runs here
 //! is the reconciler's business, who leads is Raft's, what is answered is the service's.
 //!
-//! Order of start: store, listener, controller group, door, cluster id, registration with the controller, replicas. A
+//! Order of start: port, store, listener, controller group, door, cluster id, registration with the controller, replicas. A
 //! broker that the controller does not admit never starts a replica, so an old or copied data directory takes no part.
 
 mod founding;
@@ -23,7 +23,7 @@ use crate::client::Client;
 use crate::config::BrokerConfig;
 use crate::controller::{self, ClusterMetadata, Controller, ControllerConfig};
 use crate::net::{
-    Channel, Handler, Identity, Lane, Message, Net, NetConfig, Origin, PeerState, Reply,
+    Channel, Handler, Identity, Lane, Message, Net, NetConfig, Origin, PeerState, Port, Reply,
 };
 use crate::raft::{Group, Groups, RaftConfig, Role};
 use crate::runtime::{Tasks, spawn_blocking};
@@ -145,15 +145,17 @@ pub struct BrokerBuilder {
 }
 
 impl BrokerBuilder {
-    /// Opens the data directory, listens, and sets the broker going; it joins its cluster in the background. Returns when
-    /// requests are accepted; see [`Broker::wait_ready`] for when the cluster has admitted it.
+    /// Takes the port, opens the data directory, listens, and sets the broker going; it joins its cluster in the background.
+    /// Returns when requests are accepted; see [`Broker::wait_ready`] for when the cluster has admitted it.
     ///
     /// # Errors
     /// The configuration is invalid, the data directory is in use, damaged or somebody else's, or the port is taken.
     pub async fn start(self) -> Result<Broker, Error> {
         self.config.validate()?;
+        // Before the directory is made: one that has a broker's number in it is no other broker's any more.
+        let port = Port::take(&self.config.listen).await?;
         let store = self.open_store().await?;
-        Broker::start(self.config, store).await
+        Broker::start(self.config, store, port).await
     }
 
     /// Keeps the data on `disk` in the place of the data directory, whose path then only shows in messages.
@@ -207,7 +209,7 @@ impl Broker {
         }
     }
 
-    async fn start(config: BrokerConfig, store: Store) -> Result<Self, Error> {
+    async fn start(config: BrokerConfig, store: Store, port: Port) -> Result<Self, Error> {
         let mut bootstrap = config.bootstrap_endpoints()?;
         let id = BrokerId(config.broker_id);
         let tasks = Tasks::new();
@@ -220,8 +222,7 @@ impl Broker {
             position: directory.position,
         };
         let net_config = net_config(&config);
-        let net = match Net::bind(&config.listen, identity, net_config.clone(), tasks.clone()).await
-        {
+        let net = match Net::listen(port, identity, net_config.clone(), tasks.clone()) {
             Ok(net) => net,
             Err(error) => {
                 store.close().await.ok(); // the port is the error to report

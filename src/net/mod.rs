@@ -28,10 +28,48 @@ mod tests;
 /// The one place where socket types are named, so that others can take their place.
 #[cfg(not(feature = "sim"))]
 mod socket {
+    use std::io;
+    use std::net::SocketAddr;
+
+    use tokio::net::TcpSocket;
     pub(super) use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
     pub(super) use tokio::net::{TcpListener, TcpStream, lookup_host};
 
-    pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
+    /// Connections that wait to be accepted, at most.
+    const BACKLOG: u32 = 1_024;
+
+    /// An address that is taken; whoever connects to it is refused until it is listened on.
+    pub(super) struct Bound(TcpSocket);
+
+    impl Bound {
+        pub(super) async fn bind(listen: &str) -> io::Result<Self> {
+            let mut failed = io::Error::from(io::ErrorKind::AddrNotAvailable);
+            for address in lookup_host(listen).await? {
+                match bind(address) {
+                    Ok(socket) => return Ok(Self(socket)),
+                    Err(error) => failed = error,
+                }
+            }
+            Err(failed)
+        }
+
+        pub(super) fn listen(self) -> io::Result<TcpListener> {
+            self.0.listen(BACKLOG)
+        }
+    }
+
+    fn bind(address: SocketAddr) -> io::Result<TcpSocket> {
+        let socket = match address {
+            SocketAddr::V4(_) => TcpSocket::new_v4()?,
+            SocketAddr::V6(_) => TcpSocket::new_v6()?,
+        };
+        // Connections of a process that has ended do not keep its port.
+        socket.set_reuseaddr(true)?;
+        socket.bind(address)?;
+        Ok(socket)
+    }
+
+    pub(super) async fn connect(address: SocketAddr) -> io::Result<TcpStream> {
         TcpStream::connect(address).await
     }
 }
@@ -41,6 +79,20 @@ mod socket {
 mod socket {
     pub(super) use turmoil::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
     pub(super) use turmoil::net::{TcpListener, TcpStream};
+
+    /// Taken by listening on it: nobody gets a turn in between.
+    pub(super) struct Bound(TcpListener);
+
+    impl Bound {
+        pub(super) async fn bind(listen: &str) -> std::io::Result<Self> {
+            TcpListener::bind(listen).await.map(Self)
+        }
+
+        #[allow(clippy::unnecessary_wraps)] // as of a real socket
+        pub(super) fn listen(self) -> std::io::Result<TcpListener> {
+            Ok(self.0)
+        }
+    }
 
     /// turmoil answers for a host that cannot be reached as if it refused; a real network does not answer.
     pub(super) async fn connect(address: std::net::SocketAddr) -> std::io::Result<TcpStream> {
@@ -210,7 +262,7 @@ pub enum NetError {
     Timeout { address: String, after: Duration }, // sent, answer unknown
     #[error("{address} refused the connection: {reason}")]
     Refused { address: String, reason: String }, // by handshake: wrong cluster, identity, version
-    #[error("cannot listen on {address}: {reason}")]
+    #[error("cannot listen on {address}: {reason}; use another address, or stop who uses it")]
     Listen { address: String, reason: String },
     #[error("too many bytes wait for {address}")]
     Full { address: String }, // definitely not sent
@@ -420,6 +472,37 @@ impl Drop for Owner {
     }
 }
 
+/// An address that nobody else can listen on any more: a broker takes it before it does anything that would be left behind when
+/// the address is in use.
+pub struct Port {
+    address: String,
+    bound: socket::Bound,
+}
+
+impl fmt::Debug for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Port({})", self.address)
+    }
+}
+
+impl Port {
+    /// Takes `listen`. Connections are refused until [`Net::listen`].
+    pub async fn take(listen: &str) -> Result<Self, NetError> {
+        let bound = socket::Bound::bind(listen).await;
+        Ok(Self {
+            address: listen.to_owned(),
+            bound: bound.map_err(|error| listen_error(listen, &error))?,
+        })
+    }
+}
+
+fn listen_error(address: &str, error: &std::io::Error) -> NetError {
+    NetError::Listen {
+        address: address.to_owned(),
+        reason: error.to_string(),
+    }
+}
+
 /// The network of one broker: its listener and its connections to peers. Cheap to clone; ends with its last clone or with
 /// the tasks it was given.
 #[derive(Clone)]
@@ -439,18 +522,26 @@ impl fmt::Debug for Net {
 }
 
 impl Net {
-    /// Binds `listen`. Connections are accepted, and answered by the handler, from [`Net::serve`] on.
+    /// Takes `listen` and listens there, see [`Net::listen`].
     pub async fn bind(
         listen: &str,
         identity: Identity,
         config: NetConfig,
         tasks: Tasks,
     ) -> Result<Self, NetError> {
-        let failed = |error: std::io::Error| NetError::Listen {
-            address: listen.to_owned(),
-            reason: error.to_string(),
-        };
-        let listener = socket::TcpListener::bind(listen).await.map_err(failed)?;
+        Self::listen(Port::take(listen).await?, identity, config, tasks)
+    }
+
+    /// Listens on `port`. Connections are accepted, and answered by the handler, from [`Net::serve`] on.
+    pub fn listen(
+        port: Port,
+        identity: Identity,
+        config: NetConfig,
+        tasks: Tasks,
+    ) -> Result<Self, NetError> {
+        let Port { address, bound } = port;
+        let failed = |error| listen_error(&address, &error);
+        let listener = bound.listen().map_err(failed)?;
         let local_addr = listener.local_addr().map_err(failed)?;
         let stop = CancellationToken::new();
         let shared = Shared {
