@@ -17,6 +17,9 @@ const HOUR_MS: u64 = 3_600_000;
 /// the entry), and 3 MiB beside it.
 const FRAME_BYTES_LEAST: usize = 20 << 20;
 
+/// Longest address and longest rack name, in bytes.
+pub(crate) const TEXT_BYTES_MAX: usize = 512;
+
 /// One broker's configuration, as the TOML file has it: unknown keys are an error.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -183,8 +186,52 @@ impl BrokerConfig {
                 return bad(key, "use at least 1048576".to_owned());
             }
         }
+        if let Some(rack) = &self.rack
+            && !(1..=TEXT_BYTES_MAX).contains(&rack.len())
+        {
+            let reason = format!(
+                "a rack's name has 1 to {TEXT_BYTES_MAX} bytes, this one {}; leave it out when there is none",
+                rack.len()
+            );
+            return bad("rack", reason);
+        }
         self.check_addresses()?;
-        self.bootstrap_endpoints().map(|_| ())
+        self.check_own_address(&self.bootstrap_endpoints()?)
+    }
+
+    /// What the bootstrap list says of this broker must be able to be true. Another host's name may be another name of this one;
+    /// another port of the same host is another process.
+    fn check_own_address(&self, bootstrap: &[Endpoint]) -> Result<(), Error> {
+        let own = if self.advertise.is_empty() {
+            &self.listen
+        } else {
+            &self.advertise
+        };
+        let id = self.broker_id;
+        let wrong = bootstrap.iter().find_map(|endpoint| {
+            let address = &endpoint.address;
+            if endpoint.broker.0 != id {
+                return (address == own).then(|| {
+                    format!("{endpoint} has the address of this broker, which is broker {id}; correct one of them")
+                });
+            }
+            let ((own_host, own_port), (host, port)) = (host_and_port(own)?, host_and_port(address)?);
+            if own_host != host || own_port == port {
+                return None;
+            }
+            let told = if own_port == 0 {
+                format!("broker {id} is to be found at {address}, but listens on any free port; listen on {address}")
+            } else {
+                format!("broker {id} is to be found at {address}, but says it is at {own}; correct one of them")
+            };
+            Some(told)
+        });
+        wrong.map_or(Ok(()), |reason| {
+            Err(Error::InvalidConfig {
+                key: "bootstrap".to_owned(),
+                reason,
+            })
+        })
     }
 
     fn check_addresses(&self) -> Result<(), Error> {
@@ -232,11 +279,15 @@ impl BrokerConfig {
                     reason,
                 });
             };
-            if endpoints
-                .iter()
-                .any(|known| known.broker == endpoint.broker)
-            {
-                let reason = format!("broker {} is named twice", endpoint.broker);
+            let twice = endpoints.iter().find_map(|known| {
+                if known.broker == endpoint.broker {
+                    return Some(format!("broker {} is named twice", endpoint.broker));
+                }
+                (known.address == endpoint.address).then(|| {
+                    format!("{known} and {endpoint} have the same address; each broker has its own")
+                })
+            });
+            if let Some(reason) = twice {
                 return Err(Error::InvalidConfig {
                     key: "bootstrap".to_owned(),
                     reason,
@@ -330,7 +381,26 @@ mod tests {
     #[test]
     fn bad_values_are_named() {
         assert_eq!(BrokerConfig::default().validate(), Ok(()));
-        let cases: [(&str, Change); 20] = [
+        let cases: [(&str, Change); 27] = [
+            ("rack", |c| c.rack = Some(String::new())),
+            ("rack", |c| c.rack = Some("r".repeat(513))),
+            ("bootstrap", |c| {
+                c.bootstrap = vec!["2@a:1".to_owned(), "3@a:1".to_owned()];
+            }),
+            ("bootstrap", |c| {
+                c.bootstrap = vec!["1@127.0.0.1:9093".to_owned()];
+            }),
+            ("bootstrap", |c| {
+                c.bootstrap = vec!["2@127.0.0.1:9092".to_owned()];
+            }),
+            ("bootstrap", |c| {
+                c.listen = "127.0.0.1:0".to_owned();
+                c.bootstrap = vec!["1@127.0.0.1:9092".to_owned(), "2@b:1".to_owned()];
+            }),
+            ("bootstrap", |c| {
+                c.advertise = "a:1".to_owned();
+                c.bootstrap = vec!["1@a:2".to_owned()];
+            }),
             ("election_timeout_min_ms", |c| {
                 c.heartbeat_interval_ms = u64::MAX;
             }),
@@ -373,6 +443,30 @@ mod tests {
                 matches!(config.validate(), Err(Error::InvalidConfig { key, .. }) if key == name),
                 "{name}"
             );
+        }
+    }
+
+    /// Goal: what may be right is accepted. Method: a broker that is behind another name, behind what passes on to it, and not in the
+    /// list, on any port.
+    #[test]
+    fn addresses_that_may_be_right_are_accepted() {
+        let cases: [Change; 4] = [
+            |c| c.bootstrap = vec!["1@broker-1.example:9093".to_owned()],
+            |c| {
+                c.listen = "127.0.0.1:0".to_owned();
+                c.advertise = "127.0.0.1:9".to_owned();
+                c.bootstrap = vec!["1@127.0.0.1:9".to_owned(), "2@127.0.0.1:8".to_owned()];
+            },
+            |c| {
+                c.listen = "127.0.0.1:0".to_owned();
+                c.bootstrap = vec!["2@127.0.0.1:8".to_owned(), "3@127.0.0.1:7".to_owned()];
+            },
+            |c| c.rack = Some("r".repeat(512)),
+        ];
+        for (number, change) in cases.into_iter().enumerate() {
+            let mut config = BrokerConfig::default();
+            change(&mut config);
+            assert_eq!(config.validate(), Ok(()), "{number}");
         }
     }
 

@@ -113,7 +113,45 @@ async fn wrong_configuration_is_named_with_its_place() {
     let data = data.to_str().expect("a path");
     let file = home.path().join("broker.toml");
     let file = file.to_str().expect("a path");
-    let cases: [(&str, &[&str], Pairs<'_>, &[&str]); 19] = [
+    let cases: [(&str, &[&str], Pairs<'_>, &[&str]); 24] = [
+        (
+            "",
+            &["--rack", ""],
+            &[],
+            &["--rack: a rack's name has 1 to 512 bytes, this one 0; leave it out"],
+        ),
+        (
+            "bootstrap = [\"1@a:1\", \"2@a:1\"]",
+            &[],
+            &[],
+            &[
+                "broker.toml:1: bootstrap: broker 1 at a:1 and broker 2 at a:1 have the same address",
+            ],
+        ),
+        (
+            "listen = \"10.0.0.1:9092\"\nbootstrap = [\"1@10.0.0.1:9093\", \"2@10.0.0.2:9092\"]",
+            &[],
+            &[],
+            &[
+                "broker.toml:2: bootstrap: broker 1 is to be found at 10.0.0.1:9093, but says it is at 10.0.0.1:9092",
+            ],
+        ),
+        (
+            "bootstrap = [\"1@127.0.0.1:9092\", \"2@127.0.0.1:9093\"]",
+            &["--broker-id", "2"],
+            &[],
+            &[
+                "bootstrap: broker 1 at 127.0.0.1:9092 has the address of this broker, which is broker 2",
+            ],
+        ),
+        (
+            "bootstrap = [\"1@127.0.0.1:9092\", \"2@127.0.0.1:9093\"]",
+            &["--listen", "127.0.0.1:0"],
+            &[],
+            &[
+                "broker 1 is to be found at 127.0.0.1:9092, but listens on any free port; listen on 127.0.0.1:9092",
+            ],
+        ),
         (
             "listen_on = \"127.0.0.1:1\"",
             &[],

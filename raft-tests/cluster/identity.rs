@@ -160,7 +160,8 @@ async fn second_process_with_one_identity_is_refused() {
         let output = std::process::Command::new(binary)
             .args(["serve", "--config"])
             .arg(cluster.config_file(2))
-            .args(["--listen", "127.0.0.1:0", "--data-dir"])
+            .args(["--listen", "127.0.0.1:0"])
+            .args(["--advertise", cluster.address(2), "--data-dir"])
             .arg(directory)
             .output();
         output.unwrap_or_else(|error| panic!("{error}"))

@@ -9,14 +9,11 @@ use serde::{Deserialize, Serialize};
 
 use super::reassign::Reassignment;
 use crate::api::PartitionReport;
-use crate::config::TopicConfig;
+use crate::config::{TEXT_BYTES_MAX, TopicConfig};
 use crate::types::{
     Assignment, BrokerId, Endpoint, Error, GroupId, Incarnation, LeaderEpoch, LogIndex,
     PartitionId, ReplicaId, ReplicaKind, TopicName,
 };
-
-/// Longest address and longest rack name, in bytes.
-const TEXT_BYTES_MAX: usize = 512;
 
 /// A broker as the cluster knows it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
