@@ -24,7 +24,7 @@ fn directory() -> TempDir {
 /// Goal: what is not understood is one line that says what to do, and exit code 2; help is no mistake. Method: a table.
 #[tokio::test]
 async fn wrong_usage_is_one_line_and_exit_code_2() {
-    let cases: [(&[&str], &[&str]); 18] = [
+    let cases: [(&[&str], &[&str]); 21] = [
         (
             &[],
             &[
@@ -38,11 +38,34 @@ async fn wrong_usage_is_one_line_and_exit_code_2() {
         ),
         (
             &["topic"],
-            &["say what to do: create, list, describe, reassign, delete"],
+            &[
+                "say what to do: create, list, describe, reassign, delete",
+                "see `logboom topic --help`",
+            ],
         ),
         (
             &["topic", "create", "t"],
-            &["--partitions <P>", "--replication-factor <R>"],
+            &[
+                "--partitions <P>",
+                "--replication-factor <R>",
+                "see `logboom topic create --help`",
+            ],
+        ),
+        (
+            &[
+                "topic",
+                "create",
+                "t",
+                "--partitions",
+                "1",
+                "--replication-factor",
+                "1",
+                "--config",
+                "min.insync.replicas=1",
+                "--config",
+                "min.insync.replicas=2",
+            ],
+            &["--config min.insync.replicas is given twice, as \"1\" and as \"2\""],
         ),
         (&["topic", "create"], &["<NAME>"]),
         (&["produce"], &["<TOPIC>"]),
@@ -71,7 +94,18 @@ async fn wrong_usage_is_one_line_and_exit_code_2() {
             &["--log", "loudly=very", "topic", "list"],
             &["--log \"loudly=very\" is not a filter; use error, warn"],
         ),
-        (&["topic", "list", "--colour"], &["'--colour'"]),
+        (
+            &["--log", "bogus", "topic", "list"],
+            &["--log \"bogus\" is not a filter; use error, warn"],
+        ),
+        (
+            &["dev", "--data", "/dev/null"],
+            &["--data /dev/null cannot be used: Not a directory"],
+        ),
+        (
+            &["topic", "list", "--colour"],
+            &["'--colour'", "see `logboom topic list --help`"],
+        ),
         (
             &["produce", "t", "--timeout", "soon"],
             &["--timeout", "use seconds, 0.001 to 86400"],
@@ -175,7 +209,7 @@ async fn wrong_configuration_is_named_with_its_place() {
             "broker_id = 1\nbroker_id = 2",
             &[],
             &[],
-            &["broker.toml:2: duplicate key"],
+            &["broker.toml:2: duplicate key broker_id"],
         ),
         ("broker_id =", &[], &[], &["broker.toml:1: "]),
         (

@@ -24,6 +24,7 @@ mod svg;
 mod topics;
 mod waiting;
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
@@ -35,6 +36,7 @@ use logboom::api::Stale;
 use logboom::client::{Client, ClientConfig};
 use logboom::types::Error;
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 
 /// A replicated, partitioned log: Kafka's model, one Raft group per partition.
 #[derive(Debug, Parser)]
@@ -289,23 +291,35 @@ fn default_level(command: &Command) -> &'static str {
 
 fn start_log(filter: Option<&str>, default: &str) -> anyhow::Result<()> {
     let text = filter.unwrap_or(default);
-    // A plain level is about Logboom: the Raft library reports every heartbeat that is not answered, and an error when it is
-    // told to stop. What stops a replica is reported by `raft` itself.
-    let quiet =
-        matches!(text, "error" | "warn" | "info").then(|| format!("{text},openraft=off,sled=warn"));
-    let filter = EnvFilter::builder()
-        .parse(quiet.as_deref().unwrap_or(text))
-        .map_err(|_| {
-            Usage(format!(
-                "--log {text:?} is not a filter; use error, warn, info, debug or trace"
-            ))
-        })?;
+    let filter = log_filter(text)?;
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(io::stderr)
         .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
         .init();
     Ok(())
+}
+
+fn log_filter(text: &str) -> Result<EnvFilter, Usage> {
+    let wrong = |part: &str| {
+        Usage(format!(
+            "--log {part:?} is not a filter; use error, warn, info, debug, trace or off, or a part of the program with one of \
+             them, as logboom::raft=debug"
+        ))
+    };
+    // To the library a word that is no level is a part of the program, and everything of it is logged: nothing, for a slip of the pen.
+    let is_level = |part: &str| part.parse::<LevelFilter>().is_ok();
+    let names_no_level =
+        |part: &&str| !part.is_empty() && !part.contains(['=', '[', ']']) && !is_level(part);
+    if let Some(part) = text.split(',').find(names_no_level) {
+        return Err(wrong(part));
+    }
+    // A plain level is about Logboom: the Raft library reports every heartbeat that is not answered, and an error when it is
+    // told to stop. What stops a replica is reported by `raft` itself.
+    let quiet =
+        matches!(text, "error" | "warn" | "info").then(|| format!("{text},openraft=off,sled=warn"));
+    let filter = EnvFilter::builder().parse(quiet.as_deref().unwrap_or(text));
+    filter.map_err(|_| wrong(text))
 }
 
 /// Help and version go to standard output; anything else is one line.
@@ -316,10 +330,11 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(error) => fail(&error),
         };
     }
+    let (command, words) = named_command(std::env::args_os());
     if error.kind() == clap::error::ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
         complain(&format!(
-            "say what to do: {}; see `logboom --help`",
-            subcommands()
+            "say what to do: {}; see `{words} --help`",
+            subcommands(&command)
         ));
         return ExitCode::from(WRONG_USAGE);
     }
@@ -333,18 +348,24 @@ fn usage(error: &clap::Error) -> ExitCode {
         .collect::<Vec<_>>()
         .join(" ");
     let line = line.strip_prefix("error: ").unwrap_or(&line);
-    complain(&format!("{line}; see `logboom --help`"));
+    complain(&format!("{line}; see `{words} --help`"));
     ExitCode::from(WRONG_USAGE)
 }
 
-/// What may follow the words of the command line that name commands.
-fn subcommands() -> String {
-    let mut command = Cli::command();
-    for word in std::env::args_os().skip(1) {
+/// The command that a command line names, and the words that name it.
+fn named_command(line: impl Iterator<Item = OsString>) -> (clap::Command, String) {
+    let (mut command, mut words) = (Cli::command(), "logboom".to_owned());
+    for word in line.skip(1) {
         if let Some(found) = word.to_str().and_then(|word| command.find_subcommand(word)) {
+            words = format!("{words} {}", found.get_name());
             command = found.clone();
         }
     }
+    (command, words)
+}
+
+/// What may follow the words that name `command`.
+fn subcommands(command: &clap::Command) -> String {
     let names: Vec<&str> = command
         .get_subcommands()
         .map(clap::Command::get_name)
@@ -460,6 +481,54 @@ mod tests {
             let broker = logboom::types::BrokerId(7);
             let text = stale_text(Stale { broker, age_ms });
             assert!(text.contains(part), "{text}");
+        }
+    }
+
+    /// Goal: a filter that would silently log nothing is refused, naming the part that is wrong. Method: good and bad ones.
+    #[test]
+    fn filters_that_log_nothing_are_refused() {
+        for good in [
+            "",
+            "info",
+            "OFF",
+            "3",
+            "logboom=debug",
+            "warn,logboom::raft=trace,sled=off",
+            "[request]=debug",
+        ] {
+            if let Err(error) = log_filter(good) {
+                panic!("{good:?}: {error}");
+            }
+        }
+        for (bad, part) in [
+            ("bogus", "\"bogus\""),
+            ("info,verbose", "\"verbose\""),
+            ("logboom", "\"logboom\""),
+            ("logboom=loud", "\"logboom=loud\""),
+        ] {
+            let error = log_filter(bad).map(drop).unwrap_err().0;
+            assert!(
+                error.contains(&format!("{part} is not a filter")),
+                "{error}"
+            );
+        }
+    }
+
+    /// Goal: whoever is wrong is sent to the help of the command at hand. Method: lines, and the words that name their commands.
+    #[test]
+    fn command_lines_name_their_command() {
+        for (line, words) in [
+            ("logboom", "logboom"),
+            ("logboom prodcue t", "logboom"),
+            ("logboom topic", "logboom topic"),
+            (
+                "logboom --log info topic create list",
+                "logboom topic create",
+            ),
+            ("logboom serve --config", "logboom serve"),
+        ] {
+            let found = named_command(line.split(' ').map(OsString::from));
+            assert_eq!(found.1, words, "{line}");
         }
     }
 

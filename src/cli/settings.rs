@@ -179,11 +179,12 @@ fn read_file(path: &Path, text: &str) -> Result<toml::Table, Usage> {
             .span()
             .and_then(|span| text.get(..span.start))
             .map(|before| before.matches('\n').count() + 1);
-        return Err(Usage(format!(
-            "{}: {}",
-            place(path, line),
-            one_line(&error)
-        )));
+        let told = match error.span().and_then(|span| text.get(span)) {
+            // The parser says where, not which.
+            Some(key) if error.message() == "duplicate key" => format!("duplicate key {key}"),
+            _ => one_line(&error),
+        };
+        return Err(Usage(format!("{}: {told}", place(path, line))));
     }
     text.parse::<toml::Table>()
         .map_err(|error| Usage(one_line(&error)))
@@ -327,7 +328,7 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let none: Pairs<'_> = &[];
-        let cases: [Mistake<'_>; 8] = [
+        let cases: [Mistake<'_>; 9] = [
             (
                 none,
                 &[("LOGBOOM_BROKER_ID", "4294967296")],
@@ -347,6 +348,12 @@ mod tests {
                 &["b.toml:2: ", "invalid type"],
             ),
             (none, none, "broker_id = ", &["b.toml:1: "]),
+            (
+                none,
+                none,
+                "rack = \"a\"\nrack = \"b\"",
+                &["b.toml:2: duplicate key rack"],
+            ),
             (
                 none,
                 none,

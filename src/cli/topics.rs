@@ -88,6 +88,20 @@ fn pair(text: &str) -> Result<(String, String), String> {
     Ok((key.trim().to_owned(), value.trim().to_owned()))
 }
 
+/// The pairs by key. Two values for one key are a mistake, and which one was meant cannot be known.
+fn once_each(pairs: Vec<(String, String)>) -> Result<BTreeMap<String, String>, Usage> {
+    let mut config = BTreeMap::new();
+    for (key, value) in pairs {
+        if let Some(first) = config.get(&key) {
+            return Err(Usage(format!(
+                "--config {key} is given twice, as {first:?} and as {value:?}; give it once"
+            )));
+        }
+        config.insert(key, value);
+    }
+    Ok(config)
+}
+
 fn check_name(name: &str) -> anyhow::Result<()> {
     TopicName::new(name).map_err(|error| Usage(error.to_string()))?;
     Ok(())
@@ -147,7 +161,7 @@ pub(super) async fn run(args: TopicArgs) -> anyhow::Result<ExitCode> {
 async fn create(args: CreateArgs) -> anyhow::Result<()> {
     check_name(&args.name)?;
     let mut topic = NewTopic::new(&args.name, args.partitions, args.replication_factor);
-    topic.config = args.config.into_iter().collect::<BTreeMap<_, _>>();
+    topic.config = once_each(args.config)?;
     let client = args.cluster.connect().await?;
     let admin = client.admin();
     let what = format!("topic {} to be created and led", args.name);
@@ -317,4 +331,20 @@ pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
     ];
     heading.extend(some_move.then_some("MOVING"));
     output::table(&heading, &partitions.iter().map(row).collect::<Vec<_>>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: which of two values was meant is not guessed. Method: one key twice, and two keys.
+    #[test]
+    fn a_key_is_given_once() {
+        let pair = |key: &str, value: &str| (key.to_owned(), value.to_owned());
+        let config = once_each(vec![pair("a", "1"), pair("b", "1")]).unwrap();
+        assert_eq!(config.len(), 2);
+        let twice = once_each(vec![pair("a", "1"), pair("b", "1"), pair("a", "1")]);
+        let said = twice.unwrap_err().0;
+        assert!(said.starts_with("--config a is given twice"), "{said}");
+    }
 }
