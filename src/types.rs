@@ -389,7 +389,7 @@ pub enum Error {
     #[error("invalid request: {reason}")]
     InvalidRequest { reason: String },
     #[error(
-        "the batch has {size} bytes, max.message.bytes is {max}; send smaller batches or raise the limit"
+        "the batch has {size} bytes, max.message.bytes is {max}; send less at a time, or use a topic that was created with more"
     )]
     RecordTooLarge { size: u64, max: u64 },
     #[error("corrupt record batch: {reason}; nothing was appended")]

@@ -129,6 +129,7 @@ async fn send_all(
     producer.ready().await?;
     while let Some(line) = lines.next().await? {
         number += 1;
+        let length = line.len();
         let record = match args.key_separator.as_deref() {
             None => Record::new(line),
             Some(separator) => split(&line, separator.as_bytes()).ok_or_else(|| {
@@ -140,12 +141,27 @@ async fn send_all(
             None => producer.send(record).await,
         };
         // Failures are seen by the flush; nothing more is sent behind the first one.
-        drop(delivery.map_err(|error| anyhow::anyhow!("line {number}: {error}"))?);
+        drop(delivery.map_err(|error| refused(number, length, &args.topic, &error))?);
         if producer.has_failed() {
             return Ok(());
         }
     }
     Ok(())
+}
+
+/// Why a line of `length` bytes was not sent.
+fn refused(number: u64, length: usize, topic: &str, error: &Error) -> anyhow::Error {
+    let Error::RecordTooLarge { size, max } = error else {
+        return anyhow::anyhow!("line {number}: {error}");
+    };
+    let larger = usize::try_from(*size).is_ok_and(|size| size <= LINE_BYTES_MAX);
+    let larger = larger.then(|| {
+        format!(", or use a topic that was created with --config max.message.bytes={size} or more")
+    });
+    anyhow::anyhow!(
+        "line {number} has {length} bytes, {size} as a batch, and max.message.bytes of {topic} is {max}: split the line{}",
+        larger.unwrap_or_default()
+    )
 }
 
 /// Key and value of a line.
@@ -214,6 +230,29 @@ fn advice(error: Error) -> anyhow::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Goal: a line that is refused is named, with the limit and what can be done, if anything can. Method: what a producer may say.
+    #[test]
+    fn refused_lines_are_named() {
+        let too_large = |size| Error::RecordTooLarge { size, max: 1_024 };
+        for (error, said) in [
+            (
+                too_large(2_072),
+                "line 2 has 2000 bytes, 2072 as a batch, and max.message.bytes of t is 1024: split the line, or use a topic that \
+                 was created with --config max.message.bytes=2072 or more",
+            ),
+            (
+                too_large(17 << 20),
+                "line 2 has 2000 bytes, 17825792 as a batch, and max.message.bytes of t is 1024: split the line",
+            ),
+            (
+                Error::ShuttingDown,
+                "line 2: the broker is shutting down; use another one",
+            ),
+        ] {
+            assert_eq!(refused(2, 2_000, "t", &error).to_string(), said);
+        }
+    }
 
     /// Goal: keys are split off at the first separator, byte for byte. Method: a table.
     #[test]

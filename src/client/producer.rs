@@ -106,6 +106,7 @@ struct Inner {
 struct Layout {
     partitions: u32,
     batch_bytes: usize,
+    message_bytes_max: u32,
 }
 
 struct Lanes {
@@ -160,7 +161,7 @@ impl Producer {
     ///
     /// Waits while the buffer is full: that is the back-pressure. Then the record has its place in the order, and the
     /// future returned here is its acknowledgement; it need not be awaited for the record to be sent. Cancel safe: a `send` that is
-    /// dropped before it returns sent nothing.
+    /// dropped before it returns sent nothing. A record that does not fit into `max.message.bytes` is refused here, and leaves no gap.
     pub async fn send(&self, record: Record) -> Result<Delivery, Error> {
         let layout = self.layout().await?;
         let size = record.encoded_bytes_max();
@@ -248,9 +249,10 @@ impl Producer {
         let inner = &self.inner;
         let find = || async {
             let route = inner.client.topic_route(&inner.topic).await?;
-            let max = inner.client.router().max_message_bytes(&inner.topic);
-            let max = usize::try_from(max).unwrap_or(usize::MAX);
+            let message_bytes_max = inner.client.router().max_message_bytes(&inner.topic);
+            let max = usize::try_from(message_bytes_max).unwrap_or(usize::MAX);
             Ok(Layout {
+                message_bytes_max,
                 partitions: u32::try_from(route.partitions.len()).unwrap_or(u32::MAX),
                 batch_bytes: inner
                     .config
@@ -281,6 +283,12 @@ impl Producer {
         size: usize,
         layout: Layout,
     ) -> Result<Delivery, Error> {
+        // What fits into no batch is refused alone, before it has a place in the order. `size` is an upper bound.
+        let whole = size.saturating_add(batch::HEADER_BYTES);
+        if whole > usize::try_from(layout.message_bytes_max).unwrap_or(usize::MAX) {
+            let alone = batch::encode(std::slice::from_ref(&record), None)?;
+            batch::check_size(&alone, layout.message_bytes_max)?;
+        }
         let bound = self.inner.config.buffer_bytes_max;
         if size > bound {
             let wide = |bytes| u64::try_from(bytes).unwrap_or(u64::MAX);

@@ -229,7 +229,7 @@ async fn requests_that_cannot_be(cluster: &ProcessCluster, client: &Client) {
         (
             "too large",
             produced(batch(&[&large], None)),
-            "max.message.bytes is 1024; send smaller batches or raise the limit",
+            "max.message.bytes is 1024; send less at a time, or use a topic that was created with more",
         ),
         (
             "a flipped bit",

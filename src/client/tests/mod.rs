@@ -216,23 +216,35 @@ async fn a_batch_given_up_leaves_no_gap() {
     assert_eq!(producer.flush().await, Ok(()));
 }
 
-/// Goal: a record too large is refused by itself. Method: one between two others.
+/// Goal: a record too large is refused by itself, at once; the largest one that fits is not. Method: between two others.
 #[tokio::test]
 async fn a_record_too_large_takes_nothing_with_it() {
     let fake = Fake::new(1);
     let producer = Producer::new(&fake.client(fast()), TOPIC, small_batches()).unwrap();
-    let mut deliveries = Vec::new();
-    for value in ["a".to_owned(), "x".repeat(2 << 20), "b".to_owned()] {
-        deliveries.push(producer.send(Record::new(value)).await.unwrap());
-    }
-    let results: Vec<_> = within(futures_util::future::join_all(deliveries)).await;
+    let first = producer.send(Record::new("a")).await.unwrap();
+    let refused = producer.send(Record::new("x".repeat(2 << 20))).await;
     assert!(
-        matches!(results[1], Err(Error::RecordTooLarge { .. })),
-        "{:?}",
-        results[1]
+        matches!(refused, Err(Error::RecordTooLarge { size, max: 1_048_588 }) if size > 2 << 20),
+        "{refused:?}"
     );
-    assert!(results[0].is_ok() && results[2].is_ok());
-    assert_eq!(fake.values(0), ["a", "b"]);
+    let around = batch::encode(&[Record::new("x".repeat(1 << 19))], None).unwrap();
+    let largest = "x".repeat(1_048_588 - (around.len() - (1 << 19)));
+    let fits = producer.send(Record::new(largest.clone())).await.unwrap();
+    let refused = producer.send(Record::new(format!("{largest}x"))).await;
+    assert!(
+        matches!(
+            refused,
+            Err(Error::RecordTooLarge {
+                size: 1_048_589,
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
+    for delivery in [first, fits] {
+        within(delivery).await.unwrap();
+    }
+    assert_eq!(fake.values(0), ["a".to_owned(), largest]);
 }
 
 /// Goal: the buffer's bound holds `send` back, and an acknowledgement lets it go on. Method: no answers, then answers.
