@@ -364,7 +364,9 @@ pub enum Error {
     LeaderUnavailable { partition: TopicPartition },
     #[error("the controller has no leader now; try again when a majority of its voters is up")]
     ControllerUnavailable,
-    #[error("no topic {topic}; create it with `logboom topic create {topic}`")]
+    #[error(
+        "no topic {topic}; create it, as with `logboom topic create {topic} --partitions 1 --replication-factor 1`"
+    )]
     UnknownTopic { topic: TopicName },
     #[error(
         "{topic} has {partitions} partitions, numbered from 0; there is no partition {partition}"

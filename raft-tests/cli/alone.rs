@@ -441,7 +441,8 @@ async fn broker_that_cannot_start_says_why_and_fsck_tells_directories_apart() {
         1,
         &[
             data,
-            "is damaged: keep it as it is, start the broker on an empty directory",
+            "is damaged: keep it as it is. When its cluster has other brokers, start this one on an empty directory",
+            "what no other broker has is in this directory alone",
         ],
     );
     // A broker on it says so, and does not lead what it cannot read.

@@ -307,6 +307,7 @@ impl Broker {
                 });
             }
         });
+        let founders = bootstrap.len();
         context.tasks.spawn({
             let context = context.clone();
             async move {
@@ -314,16 +315,11 @@ impl Broker {
                 let stopped = status.wait_for(|status| status.role == Role::Stopped);
                 let stopped = stopped.await.is_ok();
                 // Without it this broker would go by metadata that never changes again.
-                if stopped
-                    && let Some(damage) = context.groups.damage(GroupId::CONTROLLER)
-                {
-                    context.fail(Error::Failed {
-                        reason: format!(
-                            "the controller's log is damaged: {}; move the data directory away and start the broker empty, it \
-                             will rejoin with new replicas",
-                            damage.what
-                        ),
-                    });
+                if stopped && let Some(damage) = context.groups.damage(GroupId::CONTROLLER) {
+                    let known = context.controller.metadata().borrow().endpoints().count();
+                    let brokers = known.max(founders);
+                    let reason = controller_damaged(&damage.what, brokers);
+                    context.fail(Error::Failed { reason });
                 }
             }
         });
@@ -467,6 +463,16 @@ async fn follow_metadata(context: BrokerContext, bootstrap: Vec<Endpoint>) {
     }
 }
 
+/// What a broker whose controller's log is damaged says, in a cluster of so many.
+fn controller_damaged(what: &str, brokers: usize) -> String {
+    let way_out = if brokers > 1 {
+        "move the data directory away and start the broker empty, it will rejoin with new replicas"
+    } else {
+        "no other broker has what is in the data directory: keep a copy of it before anything is tried, and see `logboom fsck`"
+    };
+    format!("the controller's log is damaged: {what}; {way_out}")
+}
+
 /// Whether `image` shows the process that opened directory `incarnation` of `broker` for the `boot`th time.
 fn shows(image: &ClusterMetadata, broker: BrokerId, incarnation: Incarnation, boot: u64) -> bool {
     image
@@ -556,5 +562,22 @@ impl Handler for Door {
 
     fn closed(&self, origin: &Origin) {
         self.groups.connection_closed(origin);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::controller_damaged;
+
+    /// Goal: nobody is told to throw away the only copy. Method: alone, and not.
+    #[test]
+    fn what_to_do_about_damage_depends_on_the_others() {
+        let alone = controller_damaged("rot", 1);
+        assert!(
+            alone.contains("keep a copy") && !alone.contains("empty"),
+            "{alone}"
+        );
+        let together = controller_damaged("rot", 3);
+        assert!(together.contains("start the broker empty"), "{together}");
     }
 }

@@ -264,7 +264,8 @@ fn fsck(args: &FsckArgs) -> anyhow::Result<ExitCode> {
     match report.verdict.exit_code() {
         0 => Ok(ExitCode::SUCCESS),
         1 => anyhow::bail!(
-            "{directory} is damaged: keep it as it is, start the broker on an empty directory and let it copy its replicas"
+            "{directory} is damaged: keep it as it is. When its cluster has other brokers, start this one on an empty directory, and it \
+             copies its replicas from them; what no other broker has is in this directory alone"
         ),
         _ => Err(Usage(format!(
             "{directory} cannot be checked; {}",

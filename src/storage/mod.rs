@@ -174,7 +174,7 @@ pub enum StorageError {
     },
     /// Bytes that were durable are missing or wrong.
     #[error(
-        "data directory {directory} is damaged: {what}; move it away and start the broker again, it will rejoin with new replicas"
+        "data directory {directory} is damaged: {what}; move it away and start the broker again: in a cluster with other brokers it rejoins with new replicas, which it copies from them"
     )]
     Damaged {
         /// The directory.

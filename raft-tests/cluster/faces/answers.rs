@@ -213,7 +213,7 @@ async fn requests_that_cannot_be(cluster: &ProcessCluster, client: &Client) {
         (
             "no topic",
             produce(&partition("never", 0), Acks::All, batch(&[b"x"], None)),
-            "no topic never; create it with `logboom topic create never`",
+            "no topic never; create it, as with `logboom topic create never --partitions 1 --replication-factor 1`",
         ),
         ("no topic to read", fetch("never", 0, 0), "no topic never"),
         (

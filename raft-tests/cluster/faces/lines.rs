@@ -156,7 +156,9 @@ async fn mistakes(at: &[String]) {
             &["produce", "nowhere"],
             b"x\n",
             1,
-            &["no topic nowhere; create it with `logboom topic create nowhere`"],
+            &[
+                "no topic nowhere; create it, as with `logboom topic create nowhere --partitions 1 --replication-factor 1`",
+            ],
         ),
         (
             &["consume", "nowhere"],
