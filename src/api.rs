@@ -279,7 +279,7 @@ pub struct PartitionView {
 pub struct TopicView {
     /// Its name.
     pub name: TopicName,
-    /// Data replicas per partition.
+    /// Data replicas per partition; of the partition with the fewest when reassignments have made them differ.
     pub replication_factor: u32,
     /// Its partitions, in order.
     pub partitions: Vec<PartitionView>,

@@ -207,11 +207,9 @@ fn list_table(topics: &[TopicRoute]) -> String {
         vec![
             topic.name.to_string(),
             topic.partitions.len().to_string(),
-            topic
-                .partitions
-                .first()
-                .map_or(0, |route| route.replicas.len())
-                .to_string(),
+            range(spread(
+                topic.partitions.iter().map(|route| route.replicas.len()),
+            )),
             short.count().to_string(),
             leaderless.to_string(),
         ]
@@ -224,6 +222,28 @@ fn list_table(topics: &[TopicRoute]) -> String {
         "LEADERLESS",
     ];
     output::table(&heading, &topics.iter().map(row).collect::<Vec<_>>())
+}
+
+/// Copies of the partition with the fewest, and of the one with the most: a reassignment may make them differ.
+fn spread(copies: impl Iterator<Item = usize> + Clone) -> (usize, usize) {
+    (copies.clone().min().unwrap_or(0), copies.max().unwrap_or(0))
+}
+
+fn range((fewest, most): (usize, usize)) -> String {
+    if fewest == most {
+        most.to_string()
+    } else {
+        format!("{fewest}-{most}")
+    }
+}
+
+/// The replication factors of a described topic's partitions: a copy that is on its way out does not count.
+fn replication_factors(topic: &TopicView) -> (usize, usize) {
+    spread(topic.partitions.iter().map(|view| {
+        let stays = |broker| !view.removing.contains(broker);
+        let brokers = view.replicas.iter().map(|replica| &replica.broker);
+        brokers.filter(|broker| stays(broker)).count()
+    }))
 }
 
 fn route_json(topic: &TopicRoute) -> Value {
@@ -261,9 +281,11 @@ pub(super) fn topic_json(topic: &TopicView) -> Value {
             "end_offset": view.end_offset,
         })
     };
+    let (fewest, most) = replication_factors(topic);
     json!({
         "name": topic.name,
-        "replication_factor": topic.replication_factor,
+        "replication_factor": fewest,
+        "replication_factor_max": most,
         "config": topic.config,
         "partitions": topic.partitions.iter().map(partition).collect::<Vec<_>>(),
     })
@@ -279,7 +301,7 @@ fn describe_table(topics: &[TopicView]) -> String {
             "{}  {} partitions  replication factor {}  {}\n{}",
             topic.name,
             topic.partitions.len(),
-            topic.replication_factor,
+            range(replication_factors(topic)),
             output::list(config),
             partitions_table(&topic.partitions)
         )
@@ -336,6 +358,78 @@ pub(super) fn partitions_table(partitions: &[PartitionView]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use logboom::api::{PartitionRoute, ReplicaView};
+    use logboom::types::{BrokerId, LeaderEpoch, PartitionId};
+
+    fn brokers(ids: &[u32]) -> Vec<BrokerId> {
+        ids.iter().copied().map(BrokerId).collect()
+    }
+
+    /// A topic of partitions on these brokers, some of which are on their way out.
+    fn topic(partitions: &[(&[u32], &[u32])]) -> TopicView {
+        let partition = |(number, (on, removing)): (u32, &(&[u32], &[u32]))| PartitionView {
+            partition: PartitionId(number),
+            leader: None,
+            epoch: LeaderEpoch(1),
+            replicas: brokers(on)
+                .into_iter()
+                .map(|broker| ReplicaView {
+                    broker,
+                    lag: None,
+                    in_sync: true,
+                })
+                .collect(),
+            adding: Vec::new(),
+            removing: brokers(removing),
+            reassigning: false,
+            isr: Vec::new(),
+            witness: None,
+            start_offset: None,
+            high_watermark: None,
+            end_offset: None,
+        };
+        TopicView {
+            name: TopicName::new("t").unwrap(),
+            replication_factor: 0,
+            partitions: (0..).zip(partitions).map(partition).collect(),
+            config: BTreeMap::new(),
+        }
+    }
+
+    /// Goal: partitions with different numbers of copies are told as such, and a move is not taken for one. Method: topics before,
+    /// during and after a move, as people and programs see them.
+    #[test]
+    fn replication_factors_that_differ_are_shown() {
+        type Case<'a> = (&'a [(&'a [u32], &'a [u32])], &'a str, [u32; 2]);
+        let cases: [Case<'_>; 3] = [
+            (&[(&[1, 2], &[]), (&[2, 3], &[])], "2", [2, 2]),
+            (&[(&[1, 2], &[]), (&[2, 3, 1], &[1])], "2", [2, 2]),
+            (&[(&[1, 2, 3], &[]), (&[2, 3], &[])], "2-3", [2, 3]),
+        ];
+        for (partitions, shown, [fewest, most]) in cases {
+            let topic = topic(partitions);
+            let table = describe_table(std::slice::from_ref(&topic));
+            let heading = format!("  replication factor {shown}  ");
+            assert!(table.contains(&heading), "{table}");
+            let json = topic_json(&topic);
+            assert_eq!(json["replication_factor"], fewest);
+            assert_eq!(json["replication_factor_max"], most);
+        }
+        let route = |(number, on): (u32, &[u32])| PartitionRoute {
+            partition: PartitionId(number),
+            leader: Some(BrokerId(2)),
+            epoch: LeaderEpoch(1),
+            replicas: brokers(on),
+            isr: brokers(on),
+        };
+        let listed = list_table(&[TopicRoute {
+            name: TopicName::new("t").unwrap(),
+            partitions: [(0, &[1, 2, 3][..]), (1, &[2, 3])].map(route).to_vec(),
+            config: BTreeMap::new(),
+        }]);
+        let cells: Vec<&str> = listed.lines().nth(1).unwrap().split_whitespace().collect();
+        assert_eq!(cells, ["t", "2", "2-3", "0", "0"]);
+    }
 
     /// Goal: which of two values was meant is not guessed. Method: one key twice, and two keys.
     #[test]

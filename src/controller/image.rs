@@ -180,7 +180,7 @@ impl ClusterMetadata {
             .map(ReplicaId::broker)
     }
 
-    /// Data replicas per partition of the topic; 0 when there is no such topic.
+    /// Data replicas per partition of the topic, see [`TopicRecord::replication_factor`]; 0 when there is no such topic.
     pub fn replication_factor(&self, name: &TopicName) -> u32 {
         self.topic(name)
             .map_or(0, |topic| topic.replication_factor())

@@ -230,12 +230,11 @@ impl TopicRecord {
         (0_u32..).map(PartitionId).zip(&self.partitions)
     }
 
-    /// Data replicas per partition.
+    /// Data replicas per partition; of the partition with the fewest when reassignments have made them differ.
     pub fn replication_factor(&self) -> u32 {
-        let first = self.partitions.first();
-        first.map_or(0, |record| {
-            u32::try_from(record.assignment.replicas.len()).unwrap_or(u32::MAX)
-        })
+        let replicas = |record: &Arc<PartitionRecord>| record.assignment.replicas.len();
+        let fewest = self.partitions.iter().map(replicas).min().unwrap_or(0);
+        u32::try_from(fewest).unwrap_or(u32::MAX)
     }
 }
 

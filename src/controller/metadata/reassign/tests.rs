@@ -80,6 +80,22 @@ fn all_steps(cluster: &mut Cluster) -> Vec<String> {
     steps
 }
 
+/// Goal: the replication factor of a topic is what each of its partitions has at least. Method: reassign the second one to fewer.
+#[test]
+fn a_topic_has_the_replication_factor_of_its_smallest_partition() {
+    let mut cluster = Cluster::of(3);
+    cluster.create("t", &[(&[1, 2, 3], None), (&[2, 3, 1], None)]);
+    let topic = TopicName::new("t").unwrap();
+    let factor = |cluster: &Cluster| cluster.image.replication_factor(&topic);
+    assert_eq!(factor(&cluster), 3);
+    let command = Command::ReassignPartition {
+        partition: cluster.name("t", 1),
+        target: placement("2"),
+    };
+    cluster.apply(command).unwrap();
+    assert_eq!(factor(&cluster), 1);
+}
+
 /// Goal: a move takes the steps that a broker can take, the fewest of them, and ends where it should. Method: a table of
 /// placements, targets, and the assignments between them.
 #[test]
