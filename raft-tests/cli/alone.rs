@@ -546,7 +546,7 @@ async fn a_broker_without_its_cluster_is_no_empty_cluster() {
     .await;
     let said = run(&nobody, &["cluster", "status", "--timeout", "5.5"], b"").await;
     assert_eq!((said.code, said.out.len()), (Some(1), 0), "{said:?}");
-    let waits = "waiting for a broker, because none of 127.0.0.1:1 answers; gives up after 5.5 s (--timeout)";
+    let waits = "waiting for a broker, because none of 127.0.0.1:1 answers for a cluster yet; gives up after 5.5 s (--timeout)";
     assert!(said.err.contains(waits), "{said:?}");
     let last = said.err.lines().last().unwrap_or_default();
     assert!(last.contains("is the cluster up?"), "{said:?}");

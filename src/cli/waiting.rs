@@ -38,7 +38,11 @@ pub(super) async fn first_answer<T>(
     within: Duration,
     work: impl Future<Output = T>,
 ) -> T {
-    let because = || Some(format!(", because none of {addresses} answers"));
+    let because = || {
+        Some(format!(
+            ", because none of {addresses} answers for a cluster yet"
+        ))
+    };
     told("a broker", &gives_up(within), because, work).await
 }
 
