@@ -181,7 +181,7 @@ async fn a_broker_without_a_cluster_says_so() {
         listen: "127.0.0.1:0".to_owned(),
         data_dir: directory.path().to_owned(),
         // nobody listens on port 1
-        bootstrap: vec!["1@127.0.0.1:1".to_owned(), "2@127.0.0.1:1".to_owned()],
+        bootstrap: vec!["1@localhost:1".to_owned(), "2@127.0.0.1:1".to_owned()],
         ..BrokerConfig::default()
     };
     let broker = Broker::builder(config).start().await.unwrap();
