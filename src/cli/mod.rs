@@ -42,7 +42,7 @@ use tracing_subscriber::filter::LevelFilter;
 #[derive(Debug, Parser)]
 #[command(name = "logboom", version, about, max_term_width = 100)]
 struct Cli {
-    /// What is logged to standard error: error, warn, info, debug, trace, or a filter as `logboom::raft=debug`
+    /// What is logged to standard error: error, warn, info, debug, trace, or a filter as `logboom::client=debug`
     #[arg(long, value_name = "LEVEL", global = true, env = "LOGBOOM_LOG")]
     log: Option<String>,
     #[command(subcommand)]
@@ -305,7 +305,7 @@ fn log_filter(text: &str) -> Result<EnvFilter, Usage> {
     let wrong = |part: &str| {
         Usage(format!(
             "--log {part:?} is not a filter; use error, warn, info, debug, trace or off, or a part of the program with one of \
-             them, as logboom::raft=debug"
+             them, as logboom::client=debug"
         ))
     };
     // To the library a word that is no level is a part of the program, and everything of it is logged: nothing, for a slip of the pen.
@@ -494,7 +494,7 @@ mod tests {
             "OFF",
             "3",
             "logboom=debug",
-            "warn,logboom::raft=trace,sled=off",
+            "warn,logboom::client=trace,sled=off",
             "[request]=debug",
         ] {
             if let Err(error) = log_filter(good) {

@@ -260,8 +260,8 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         let mut stored = Vec::new();
         for entry in entries {
             if let Payload::Membership(membership) = &entry.payload {
-                // A membership counts from the moment it is in the log.
-                self.replica.set_members(membership);
+                // A membership counts from the moment it is in the log; who is in it no more is forgotten when the status shows it.
+                self.replica.add_members(membership);
             }
             stored.push(to_stored(entry, is_witness));
         }

@@ -61,7 +61,7 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
         // A vote for oneself is not won yet, or left over from an earlier leadership.
         Some(voted_for).filter(|id| server.vote.is_committed() && *id != replica.me)
     };
-    replica.set_members(membership);
+    replica.add_members(membership);
     if leads {
         replica.begin_epoch(epoch);
     }
@@ -90,6 +90,8 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
         *status = next;
         changed
     });
+    // Behind the status: whoever counts by its voters finds all of them.
+    replica.set_members(membership);
     if begins_to_lead {
         // What became durable before the role was known told nobody.
         replica.progress_changed();

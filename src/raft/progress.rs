@@ -75,34 +75,42 @@ impl Board {
         true
     }
 
+    /// Adds who belongs to the group by a membership that is in the log and not yet seen by those who decide by the voters: nobody
+    /// is forgotten before they do. Returns whether anything changed.
+    pub(crate) fn add_members(
+        &mut self,
+        voters: &BTreeSet<ReplicaId>,
+        learners: &BTreeSet<ReplicaId>,
+    ) -> bool {
+        let known = (self.others.len(), self.data_voters.len());
+        for id in self.others_of(voters.union(learners)) {
+            self.others.entry(id).or_default();
+        }
+        let data_voters = self.data_of(voters);
+        self.data_voters.extend(data_voters);
+        known != (self.others.len(), self.data_voters.len())
+    }
+
     /// Sets who belongs to the group. Returns whether that changed.
     pub(crate) fn set_members(
         &mut self,
         voters: &BTreeSet<ReplicaId>,
         learners: &BTreeSet<ReplicaId>,
     ) -> bool {
-        let members: BTreeSet<ReplicaId> = voters
-            .union(learners)
-            .copied()
-            .filter(|id| *id != self.me)
-            .collect();
-        let data_voters: BTreeSet<ReplicaId> = voters
-            .iter()
-            .copied()
-            .filter(|id| *id != self.me && !id.is_witness())
-            .collect();
-        let same = self.others.len() == members.len()
-            && members.iter().all(|id| self.others.contains_key(id))
-            && self.data_voters == data_voters;
-        if same {
-            return false;
-        }
-        self.others.retain(|id, _| members.contains(id));
-        for id in members {
-            self.others.entry(id).or_default();
-        }
-        self.data_voters = data_voters;
-        true
+        let added = self.add_members(voters, learners);
+        let known = (self.others.len(), self.data_voters.len());
+        self.others
+            .retain(|id, _| voters.contains(id) || learners.contains(id));
+        self.data_voters.retain(|id| voters.contains(id));
+        added || known != (self.others.len(), self.data_voters.len())
+    }
+
+    fn others_of<'a>(&self, ids: impl Iterator<Item = &'a ReplicaId>) -> BTreeSet<ReplicaId> {
+        ids.copied().filter(|id| *id != self.me).collect()
+    }
+
+    fn data_of(&self, voters: &BTreeSet<ReplicaId>) -> BTreeSet<ReplicaId> {
+        self.others_of(voters.iter().filter(|id| !id.is_witness()))
     }
 
     /// Takes a follower's confirmation. Returns whether anything changed.
@@ -294,6 +302,30 @@ mod tests {
             LogIndex(0),
             "in sync until told otherwise"
         );
+    }
+
+    /// Goal: a membership that is in the log adds members and forgets nobody; who was told of it forgets who is gone. Method: a
+    /// follower and a witness give place to a new follower.
+    #[tokio::test]
+    async fn nobody_is_forgotten_before_the_new_members_are_seen() {
+        let mut board = board(1);
+        board.acknowledged(LeaderEpoch(1), data(2), answer(5, 5, 5, Instant::now()));
+        let known = board.others().get(&data(2)).copied().unwrap();
+        let voters = BTreeSet::from([data(1), data(4)]);
+        let none = BTreeSet::new();
+        let members = |board: &Board| board.others().keys().copied().collect::<Vec<_>>();
+        assert!(board.add_members(&voters, &none));
+        assert_eq!(members(&board).len(), 3);
+        assert_eq!(board.others().get(&data(2)), Some(&known));
+        assert_eq!(
+            board.witness_limit(LeaderEpoch(1), FLUSHED),
+            LogIndex(0),
+            "the new one counts at once, and has nothing"
+        );
+        assert!(!board.add_members(&voters, &none));
+        assert!(board.set_members(&voters, &none));
+        assert_eq!(members(&board), [data(4)]);
+        assert!(!board.set_members(&voters, &none));
     }
 
     /// Goal: the witness gets exactly what the leader and all in-sync data followers have durably. Method: a table over who is

@@ -96,7 +96,14 @@ impl Replica {
         self.changed.subscribe()
     }
 
-    /// Notes who belongs to the group.
+    /// Notes who belongs to the group by a membership that the status does not show yet.
+    pub(crate) fn add_members(&self, membership: &Membership) {
+        if lock(&self.board).add_members(&voters(membership), &learners(membership)) {
+            self.progress_changed();
+        }
+    }
+
+    /// Notes who belongs to the group, as the status shows.
     pub(crate) fn set_members(&self, membership: &Membership) {
         if lock(&self.board).set_members(&voters(membership), &learners(membership)) {
             self.progress_changed();

@@ -76,6 +76,8 @@ impl Claim<'_> {
         let foreign = names.iter().find(|name| !OURS.contains(&name.as_str()));
         match foreign {
             Some(name) if !names.iter().any(|name| name == "identity") => {
+                // A broker's after all, whose identity is lost.
+                self.check_new()?;
                 Err(StorageError::Occupied {
                     directory: self.directory.to_owned(),
                     name: name.clone(),
