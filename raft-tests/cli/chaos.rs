@@ -139,6 +139,10 @@ async fn chaos_notices_disks_that_lie() {
     let (code, out, err) = run(keep, &[&arguments[..], &faults[..]].concat()).await;
     assert_eq!(code, Some(3), "{out}{err}");
     assert!(out.contains("verdict: ANOMALY"), "{out}");
+    assert!(
+        out.contains("--faults powerloss-all --disks-lie\n"),
+        "it can be replayed: {out}"
+    );
     none_is_left(keep).await;
 }
 

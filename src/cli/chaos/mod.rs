@@ -188,11 +188,12 @@ impl Settings {
             }
         };
         format!(
-            "logboom chaos --seed {} {length} --brokers {} --replication-factor {} --faults {}",
+            "logboom chaos --seed {} {length} --brokers {} --replication-factor {} --faults {}{}",
             self.seed,
             self.brokers,
             self.replication_factor,
-            names.join(",")
+            names.join(","),
+            if self.disks_lie { " --disks-lie" } else { "" }
         )
     }
 
