@@ -19,8 +19,12 @@ class Problem(Exception):
     """Something that one line can tell a person."""
 
 
-def _die_with_parent():
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+LIBC = ctypes.CDLL(None)
+
+
+def die_with_parent():
+    """For a child between fork and exec: it ends when this program does, even by force."""
+    LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class Cluster:
@@ -77,7 +81,7 @@ class Cluster:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=die_with_parent,
             )
 
     def start_helper(self, command, environment=None):

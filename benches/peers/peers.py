@@ -48,6 +48,7 @@ class Peer:
     synced = False  # whether a majority has synced before the acknowledgement
     one_by_one = False
     has_logs = True  # that are created one by one: W5
+    is_java = False
 
     def __init__(self, software):
         self.software = software
@@ -230,13 +231,13 @@ class RabbitMq(Peer):
                 roles.append(self.ask(cluster, node, f"ets lookup [ra_state,'%2F_{log}']"))
             except Problem as problem:
                 roles.append(str(problem))
-        leaders = [node for node, role in enumerate(roles) if ",leader}" in role]
+        leaders = [node for node, role in enumerate(roles) if " leader}" in role]
         if question == "leader":
             if len(leaders) != 1:
                 raise Problem(f"the queue has {len(leaders)} leaders: {roles}")
             return str(leaders[0])
         if question == "whole":
-            followers = sum(",follower}" in role for role in roles)
+            followers = sum(" follower}" in role for role in roles)
             return "yes" if len(leaders) == 1 and followers == NODES - 1 else "no"
         return super().answer(cluster, question, log)
 
@@ -247,7 +248,7 @@ PORT_OF_EPMD = 9  # the last one of the last node
 class Kafka(Peer):
     name, title, protocol = "kafka", "Apache Kafka", "kafka"
     ack = "3 brokers (KRaft, each a controller too), acks=all, min.insync.replicas 2, as shipped: all in-sync replicas have written it, nothing is synced"
-    flush = ""
+    is_java, flush = True, ""
 
     def install(self):
         self.jars = os.path.join(self.software, "kafka")

@@ -69,7 +69,7 @@ def table(peers, left_out, results, options, machine, done):
         lines += ["**Not all runs are done.**", ""]
     lines += [
         f"{NODES} nodes, {NODES} copies and the clients on one machine: {machine['system']}, {machine['cores']} cores. From {results[0]['at']} to {results[-1]['at']}.",
-        f"{options.warmup} s of warm-up, {options.duration} s measured, {options.runs} run{'s' if options.runs > 1 else ''}: median (least–greatest).",
+        f"{options.warmup} s of warm-up ({options.warmup_java} s for peers in Java), {options.duration} s measured, {options.runs} run{'s' if options.runs > 1 else ''}: median (least–greatest).",
         "MB are 10⁶ bytes of the records' values; CPU is that of the servers' processes.",
         "",
         "What an acknowledgement meant:",
