@@ -13,8 +13,8 @@ use crate::types::BrokerId;
 
 /// Longest the leader may take to hear a majority.
 const HEARD_WITHIN: Duration = Duration::from_secs(1);
-/// How long another leader is waited for: while one takes over nothing is wrong. Two of the default's election timeouts.
-const LED_WITHIN: Duration = Duration::from_secs(2);
+/// How long another leader is waited for, in longest election timeouts: while one takes over nothing is wrong.
+const LED_WITHIN_TIMEOUTS: u32 = 2;
 
 /// How long ago, in ms, this broker was known to lead the controller; 0 when a majority confirms just now that it does. `None`: not since it was
 /// started.
@@ -27,7 +27,8 @@ pub(super) async fn confirm(context: &BrokerContext) -> Option<u64> {
 
 /// Asks whether this broker's metadata is current. When the controller is being taken over, that is waited for.
 pub(super) async fn staleness(context: &BrokerContext) -> Option<Stale> {
-    let deadline = Instant::now() + LED_WITHIN;
+    let election_timeout = Duration::from_millis(context.config.election_timeout_max_ms);
+    let deadline = Instant::now() + LED_WITHIN_TIMEOUTS * election_timeout;
     let mut led = context.controller.leader_broker();
     let mut age_ms = age_of(context, led).await;
     if age_ms != Some(0) {
