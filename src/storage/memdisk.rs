@@ -611,8 +611,8 @@ impl DiskFile for MemFile {
                 .min(inode.written.len());
             let bytes = inode.written.get(from..).unwrap_or_default();
             let count = bytes.len().min(buffer.len());
-            for (to, from) in buffer.iter_mut().zip(bytes) {
-                *to = *from;
+            if let (Some(to), Some(from)) = (buffer.get_mut(..count), bytes.get(..count)) {
+                to.copy_from_slice(from);
             }
             count
         })
