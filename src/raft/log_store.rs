@@ -15,8 +15,8 @@ use openraft::storage::{IOFlushed, LogState, RaftLogReader, RaftLogStorage};
 
 use super::replica::Replica;
 use super::type_config::{
-    Entry, LogId, Payload, TypeConfig, Vote, VoteRecord, entry_id, from_stored, io_error, log_id,
-    to_stored,
+    Entry, LogId, Members, Payload, TypeConfig, Vote, VoteRecord, entry_id, from_stored, io_error,
+    log_id, to_stored,
 };
 use crate::storage::GroupStore;
 use crate::types::{EntryId, LogIndex, decode, encode};
@@ -261,7 +261,7 @@ impl RaftLogStorage<TypeConfig> for LogStore {
         for entry in entries {
             if let Payload::Membership(membership) = &entry.payload {
                 // A membership counts from the moment it is in the log; who is in it no more is forgotten when the status shows it.
-                self.replica.add_members(membership);
+                self.replica.add_members(&Members::of(membership));
             }
             stored.push(to_stored(entry, is_witness));
         }

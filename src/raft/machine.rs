@@ -17,7 +17,7 @@ use openraft::storage::{ApplyResponder, EntryResponder, RaftStateMachine};
 use super::StateMachine;
 use super::replica::{Replica, lock};
 use super::type_config::{
-    Answer, Command, LogId, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
+    Answer, Command, LogId, Members, Payload, Snapshot, SnapshotMeta, StoredMembership, TypeConfig,
     decode_stored_membership, encode_stored_membership, entry_id, io_error, log_id,
 };
 use crate::storage::Checkpoint;
@@ -345,7 +345,8 @@ impl RaftStateMachine<TypeConfig> for Machine {
             .await
             .map_err(io_error)?;
         self.with(|state| load(&self.replica, state, &checkpoint))?;
-        self.replica.set_members(meta.last_membership.membership());
+        self.replica
+            .set_members(&Members::of(meta.last_membership.membership()));
         tracing::info!(group = %self.replica.group, at = %checkpoint.id.index, "installed a snapshot");
         Ok(())
     }

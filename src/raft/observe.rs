@@ -3,15 +3,15 @@
 //! Owns nothing but the task that looks. It wakes when something has changed, not with every tick of the instance, and reads
 //! only what openraft has published when it wakes, or the store's own state.
 
-use std::sync::Weak;
+use std::sync::{Arc, Weak};
 
 use openraft::ServerState;
 use openraft::async_runtime::watch::WatchReceiver;
 
+use super::Role;
 use super::group::Inner;
 use super::replica::Replica;
-use super::type_config::{LogId, Raft, entry_id, learners, voters};
-use super::{GroupStatus, Role};
+use super::type_config::{LogId, Members, Raft, StoredMembership, entry_id};
 use crate::types::{LeaderEpoch, ReplicaId};
 
 /// Publishes what an instance says about itself, until it ends or is replaced.
@@ -19,12 +19,13 @@ pub(crate) async fn observe(raft: Raft, generation: u64, group: Weak<Inner>) {
     let mut server = raft.server_metrics();
     let mut flushed = raft.watch_log_progress();
     let mut committed = raft.watch_commit_progress();
+    let mut known = Known::of(server.borrow_watched().membership_config.clone());
     loop {
         let Some(inner) = group.upgrade() else { return };
         if !inner.runs(generation) {
             return;
         }
-        publish(&raft, &inner.replica, committed.get());
+        publish(&raft, &inner.replica, committed.get(), &mut known);
         drop(inner);
         let alive = tokio::select! {
             biased;
@@ -47,10 +48,38 @@ pub(crate) async fn observe(raft: Raft, generation: u64, group: Weak<Inner>) {
     }
 }
 
+/// The newest membership, and who belongs to the group by it: worked out when it changes, not with every entry.
+struct Known {
+    membership: Arc<StoredMembership>,
+    members: Members,
+}
+
+impl Known {
+    fn of(membership: Arc<StoredMembership>) -> Self {
+        let members = Members::of(membership.membership());
+        Self {
+            membership,
+            members,
+        }
+    }
+}
+
+/// Sets a field. Returns whether that changed it.
+fn set<T: PartialEq + Clone>(field: &mut T, value: &T) -> bool {
+    let changed = field != value;
+    if changed {
+        field.clone_from(value);
+    }
+    changed
+}
+
 /// Copies what the instance says into the status.
-fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
+fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>, known: &mut Known) {
     let server = raft.server_metrics().borrow_watched().clone();
-    let membership = server.membership_config.membership();
+    if !Arc::ptr_eq(&known.membership, &server.membership_config) {
+        *known = Known::of(server.membership_config);
+    }
+    let members = &known.members;
     let leads = server.state == ServerState::Leader;
     let vote = server.vote.leader_id();
     let epoch = LeaderEpoch(vote.term);
@@ -61,37 +90,33 @@ fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>) {
         // A vote for oneself is not won yet, or left over from an earlier leadership.
         Some(voted_for).filter(|id| server.vote.is_committed() && *id != replica.me)
     };
-    replica.add_members(membership);
+    replica.add_members(members);
     if leads {
         replica.begin_epoch(epoch);
     }
     let log = replica.store.state();
-    let (voters, learners) = (voters(membership), learners(membership));
     let mut begins_to_lead = false;
     replica.status.send_if_modified(|status| {
         if status.role == Role::Stopped {
             return false;
         }
         begins_to_lead = leads && status.role != Role::Leader;
-        let next = GroupStatus {
-            role: if leads { Role::Leader } else { Role::Follower },
-            epoch,
-            leader,
-            last: log.last,
-            committed: committed.map(entry_id).max(status.applied),
-            // Known here before the instance knows.
-            applied: status.applied,
-            purged: log.purged,
-            voters,
-            learners,
-            is_joint: membership.get_joint_config().len() > 1,
-        };
-        let changed = next != *status;
-        *status = next;
+        let role = if leads { Role::Leader } else { Role::Follower };
+        // Applied is known here before the instance knows.
+        let committed = committed.map(entry_id).max(status.applied);
+        let mut changed = set(&mut status.role, &role);
+        changed |= set(&mut status.epoch, &epoch);
+        changed |= set(&mut status.leader, &leader);
+        changed |= set(&mut status.last, &log.last);
+        changed |= set(&mut status.committed, &committed);
+        changed |= set(&mut status.purged, &log.purged);
+        changed |= set(&mut status.voters, &members.voters);
+        changed |= set(&mut status.learners, &members.learners);
+        changed |= set(&mut status.is_joint, &members.is_joint);
         changed
     });
     // Behind the status: whoever counts by its voters finds all of them.
-    replica.set_members(membership);
+    replica.set_members(members);
     if begins_to_lead {
         // What became durable before the role was known told nobody.
         replica.progress_changed();

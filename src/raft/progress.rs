@@ -82,11 +82,12 @@ impl Board {
         voters: &BTreeSet<ReplicaId>,
         learners: &BTreeSet<ReplicaId>,
     ) -> bool {
+        let me = self.me;
         let known = (self.others.len(), self.data_voters.len());
-        for id in self.others_of(voters.union(learners)) {
-            self.others.entry(id).or_default();
+        for id in voters.union(learners).filter(|id| **id != me) {
+            self.others.entry(*id).or_default();
         }
-        let data_voters = self.data_of(voters);
+        let data_voters = voters.iter().filter(|id| **id != me && !id.is_witness());
         self.data_voters.extend(data_voters);
         known != (self.others.len(), self.data_voters.len())
     }
@@ -103,14 +104,6 @@ impl Board {
             .retain(|id, _| voters.contains(id) || learners.contains(id));
         self.data_voters.retain(|id| voters.contains(id));
         added || known != (self.others.len(), self.data_voters.len())
-    }
-
-    fn others_of<'a>(&self, ids: impl Iterator<Item = &'a ReplicaId>) -> BTreeSet<ReplicaId> {
-        ids.copied().filter(|id| *id != self.me).collect()
-    }
-
-    fn data_of(&self, voters: &BTreeSet<ReplicaId>) -> BTreeSet<ReplicaId> {
-        self.others_of(voters.iter().filter(|id| !id.is_witness()))
     }
 
     /// Takes a follower's confirmation. Returns whether anything changed.

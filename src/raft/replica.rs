@@ -13,7 +13,7 @@ use tokio::time::Instant;
 
 use super::machine::MachineState;
 use super::progress::{Acknowledged, Board};
-use super::type_config::{Membership, learners, voters};
+use super::type_config::Members;
 use super::{FollowerProgress, GroupStatus, Progress, Role, StateMachine};
 use crate::net::{Net, PeerState};
 use crate::storage::GroupStore;
@@ -97,15 +97,15 @@ impl Replica {
     }
 
     /// Notes who belongs to the group by a membership that the status does not show yet.
-    pub(crate) fn add_members(&self, membership: &Membership) {
-        if lock(&self.board).add_members(&voters(membership), &learners(membership)) {
+    pub(crate) fn add_members(&self, members: &Members) {
+        if lock(&self.board).add_members(&members.voters, &members.learners) {
             self.progress_changed();
         }
     }
 
     /// Notes who belongs to the group, as the status shows.
-    pub(crate) fn set_members(&self, membership: &Membership) {
-        if lock(&self.board).set_members(&voters(membership), &learners(membership)) {
+    pub(crate) fn set_members(&self, members: &Members) {
+        if lock(&self.board).set_members(&members.voters, &members.learners) {
             self.progress_changed();
         }
     }

@@ -192,14 +192,24 @@ pub(crate) fn decode_stored_membership(bytes: &[u8]) -> Result<StoredMembership,
     Ok(StoredMembership::new(id.map(log_id), record.membership()?))
 }
 
-/// The replicas of one side or both sides of a membership that vote.
-pub(crate) fn voters(membership: &Membership) -> BTreeSet<ReplicaId> {
-    membership.voter_ids().map(ReplicaId::from_u64).collect()
+/// Who belongs to a group by a membership.
+#[derive(Debug)]
+pub(crate) struct Members {
+    /// Those who vote, on one side or both sides.
+    pub(crate) voters: BTreeSet<ReplicaId>,
+    pub(crate) learners: BTreeSet<ReplicaId>,
+    /// Whether a change is under way.
+    pub(crate) is_joint: bool,
 }
 
-/// The replicas of a membership that do not vote.
-pub(crate) fn learners(membership: &Membership) -> BTreeSet<ReplicaId> {
-    membership.learner_ids().map(ReplicaId::from_u64).collect()
+impl Members {
+    pub(crate) fn of(membership: &Membership) -> Self {
+        Self {
+            voters: membership.voter_ids().map(ReplicaId::from_u64).collect(),
+            learners: membership.learner_ids().map(ReplicaId::from_u64).collect(),
+            is_joint: membership.get_joint_config().len() > 1,
+        }
+    }
 }
 
 /// An openraft entry as the store keeps it. A witness keeps no command's bytes.
@@ -267,9 +277,11 @@ mod tests {
             decode_membership(&encode_membership(&membership)).unwrap(),
             membership
         );
+        let is = |numbers: &[u64]| numbers.iter().copied().map(ReplicaId::from_u64).collect();
+        let members = Members::of(&membership);
         assert_eq!(
-            learners(&membership),
-            BTreeSet::from([ReplicaId::from_u64(4)])
+            (members.voters, members.learners, members.is_joint),
+            (is(&[1, 2, 3]), is(&[4]), true)
         );
         for stored in [
             StoredMembership::default(),
