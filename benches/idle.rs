@@ -16,6 +16,8 @@
 // A duration or a number of bytes as a figure in a table.
 #![allow(clippy::cast_precision_loss, clippy::cast_possible_truncation)]
 
+// Starting brokers is the part of the harness that is needed here.
+#[allow(dead_code, unused_imports)]
 #[path = "../raft-tests/support/mod.rs"]
 mod support;
 

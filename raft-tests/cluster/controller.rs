@@ -7,9 +7,9 @@ use serde_json::Value;
 use logboom::client::{Client, ClientConfig, NewTopic};
 use logboom::types::{BrokerId, Error, Offset};
 
+use crate::cluster::{HEAL, create, describe, healed};
 use crate::support::command::{Said, run};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify};
-use crate::{HEAL, create, describe, healed};
 
 const TOPIC: &str = "without-controller";
 

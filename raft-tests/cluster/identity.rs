@@ -7,8 +7,8 @@ use std::time::Duration;
 use logboom::client::NewTopic;
 use logboom::types::BrokerId;
 
+use crate::cluster::{HEAL, create, healed};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify};
-use crate::{HEAL, create, healed};
 
 const TOPIC: &str = "identity";
 

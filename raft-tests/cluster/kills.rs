@@ -8,8 +8,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::time::Instant;
 
+use crate::cluster::{HEAL, create, describe, healed, seed};
 use crate::support::{History, ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, describe, healed, seed};
 
 const TOPIC: &str = "kills";
 const PARTITIONS: u32 = 3;
@@ -47,7 +47,7 @@ fn distribution(times: &[Duration]) -> String {
 
 async fn random_kills(name: &str, factor: u32, kills: usize) {
     let seed = seed();
-    println!("replay: SEED={seed} cargo test --test cluster {name}");
+    println!("replay: SEED={seed} cargo test --test system {name}");
     let mut random = StdRng::seed_from_u64(seed);
     let mut cluster = builder().start().await;
     let client = cluster.client().await;
@@ -113,7 +113,7 @@ async fn acked_records_survive_random_kills_with_two_copies_and_a_witness() {
 async fn acked_records_survive_death_of_all_brokers() {
     let seed = seed();
     println!(
-        "replay: SEED={seed} cargo test --test cluster acked_records_survive_death_of_all_brokers"
+        "replay: SEED={seed} cargo test --test system acked_records_survive_death_of_all_brokers"
     );
     let mut random = StdRng::seed_from_u64(seed);
     let mut cluster = builder().start().await;

@@ -12,9 +12,9 @@ use rand::{Rng, SeedableRng};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, BufReader};
 
+use crate::cluster::{HEAL, create, describe, healed, seed};
 use crate::support::command::{run, spawn};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, describe, healed, seed};
 
 const TOPIC: &str = "moves";
 
@@ -494,7 +494,7 @@ async fn what_does_not_leave_is_told(cluster: &mut ProcessCluster, client: &Clie
 
 async fn random_moves(name: &str, brokers: u32, factor: usize, moves: usize) {
     let seed = seed();
-    println!("replay: SEED={seed} cargo test --test cluster {name}");
+    println!("replay: SEED={seed} cargo test --test system {name}");
     let mut random = StdRng::seed_from_u64(seed);
     let mut cluster = ProcessCluster::builder(brokers)
         .key("preferred_leader_delay_ms", 100)

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use crate::trace::Call;
+use crate::durability::trace::Call;
 
 const FRAME_MAGIC: &[u8] = b"LBfr";
 const SEGMENT_MAGIC: &[u8] = b"LBSEGMNT";

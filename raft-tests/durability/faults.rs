@@ -12,11 +12,11 @@ use logboom::storage::{EntryKind, LogEntry, Store, StoreConfig};
 use logboom::types::{BrokerId, EntryId, GroupId, LeaderEpoch, LogIndex, ReplicaId, ReplicaKind};
 use tokio::time::Instant;
 
-use crate::audit::audit;
-use crate::order::{CALLS, finished_trace};
+use crate::durability::audit::audit;
+use crate::durability::order::{CALLS, finished_trace};
+use crate::durability::trace::parse;
+use crate::durability::{HEAL, create, in_sync, strace, strace_is_there};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify};
-use crate::trace::parse;
-use crate::{HEAL, create, in_sync, strace, strace_is_there};
 
 /// Tells the child which directory to work on.
 const DIRECTORY: &str = "LOGBOOM_TEST_STORE";
@@ -142,7 +142,7 @@ async fn fail_nth(name: &str, n: usize, counts: &mut Counts) {
         .arg(std::env::current_exe().unwrap());
     command.args([
         "--exact",
-        "faults::scripted_store",
+        "durability::faults::scripted_store",
         "--nocapture",
         "--test-threads=1",
     ]);

@@ -7,8 +7,8 @@ use anyhow::ensure;
 use logboom::client::{Client, ClientConfig, Partition, Record};
 use logboom::types::{Acks, Error, Offset, Outcome};
 
+use crate::durability::{HEAL, create};
 use crate::support::{ProcessCluster, wait_for};
-use crate::{HEAL, create};
 
 const GIB: u64 = 1 << 30;
 

@@ -9,10 +9,10 @@ use anyhow::ensure;
 use logboom::client::Record;
 use logboom::types::Acks;
 
-use crate::audit::{Audit, audit};
+use crate::durability::audit::{Audit, audit};
+use crate::durability::trace::{Call, parse};
+use crate::durability::{HEAL, create, strace, strace_is_there};
 use crate::support::{ProcessCluster, wait_for};
-use crate::trace::{Call, parse};
-use crate::{HEAL, create, strace, strace_is_there};
 
 /// The calls by which bytes reach the disk or a socket, or come from there.
 pub(crate) const CALLS: &str = "trace=pwrite64,pwritev,pwritev2,write,writev,sendto,sendmsg,recvfrom,recvmsg,read,readv,pread64,preadv,fdatasync";

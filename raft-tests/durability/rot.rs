@@ -17,8 +17,8 @@ use tokio::time::Instant;
 
 use logboom::client::{Client, NewTopic, ProducerConfig};
 
+use crate::durability::{HEAL, create, in_sync};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, in_sync};
 
 /// A shared memory directory, when there is one: a thousand opens sync a lot, and here only content matters.
 fn scratch() -> tempfile::TempDir {

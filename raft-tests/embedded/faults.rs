@@ -16,7 +16,7 @@ use logboom::testkit::{LocalCluster, Party, wait_until};
 use logboom::types::{Acks, BrokerId, Error, Outcome, PartitionId, TopicName, TopicPartition};
 use tokio::time::Instant;
 
-use crate::log;
+use super::log;
 
 const LONG: Duration = Duration::from_secs(60);
 const TOPIC: &str = "t";

@@ -29,7 +29,6 @@ const TAIL_LINES: usize = 30;
 pub struct Builder {
     brokers: Vec<u32>,
     keys: toml::Table,
-    environment: BTreeMap<String, String>,
     wrapper: Vec<String>,
 }
 
@@ -38,13 +37,6 @@ impl Builder {
     #[must_use]
     pub fn key(mut self, key: &str, value: impl Into<toml::Value>) -> Self {
         self.keys.insert(key.to_owned(), value.into());
-        self
-    }
-
-    /// Sets an environment variable of every broker.
-    #[must_use]
-    pub fn env(mut self, key: &str, value: &str) -> Self {
-        self.environment.insert(key.to_owned(), value.to_owned());
         self
     }
 
@@ -107,17 +99,10 @@ impl Builder {
             };
             processes.insert(id, process);
         }
-        let Self {
-            environment,
-            wrapper,
-            ..
-        } = self;
         ProcessCluster {
-            path: dir.path().to_owned(),
             dir: Some(dir),
             processes,
-            environment,
-            wrapper,
+            wrapper: self.wrapper,
         }
     }
 }
@@ -161,9 +146,7 @@ impl Process {
 #[derive(Debug)]
 pub struct ProcessCluster {
     dir: Option<TempDir>,
-    path: PathBuf,
     processes: BTreeMap<u32, Process>,
-    environment: BTreeMap<String, String>,
     wrapper: Vec<String>,
 }
 
@@ -173,7 +156,6 @@ impl ProcessCluster {
         Builder {
             brokers: (1..=brokers).collect(),
             keys: toml::Table::new(),
-            environment: BTreeMap::from([("RUST_LOG".to_owned(), "info".to_owned())]),
             wrapper: Vec::new(),
         }
     }
@@ -266,7 +248,6 @@ impl ProcessCluster {
     /// The same, under another program: its words come before the broker's own command line.
     pub fn start_under(&mut self, id: u32, wrapper: &[String]) {
         assert!(!self.is_running(id), "broker {id} runs already");
-        let environment = self.environment.clone();
         let process = self.process_mut(id);
         process.starts += 1;
         let mut log = open_log(&process.log);
@@ -282,7 +263,7 @@ impl ProcessCluster {
             .arg("--config")
             .arg(&process.config);
         command
-            .envs(environment)
+            .env("RUST_LOG", "info")
             .stdin(Stdio::null())
             .kill_on_drop(true);
         command

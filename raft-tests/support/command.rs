@@ -17,7 +17,8 @@ pub struct Said {
     pub code: Option<i32>,
     pub out: Vec<u8>,
     pub err: String,
-    /// The command line, for messages.
+    /// The command line.
+    #[allow(dead_code, reason = "shown, with the rest, where a test fails")]
     pub asked: String,
 }
 

@@ -5,11 +5,8 @@
 //! - [`command`]: the command line, run to its end and judged.
 //! - `workload`: [`Workload`], a writer that numbers every record and keeps what it knows of each.
 //! - `verdict`: [`verify`], what the answers permit and forbid, by the testkit's checker.
-//!
-//! Each test target includes this with `#[path = "../support/mod.rs"] mod support;`.
 
-// Each target uses its own part of it.
-#![allow(dead_code, unused_imports, unreachable_pub)]
+#![allow(unreachable_pub)]
 // A harness that cannot go on ends the test, with a text that says why.
 #![allow(clippy::panic, clippy::missing_panics_doc)]
 

@@ -13,9 +13,9 @@ use super::raw::{
     Raw, batch, garbage, partition, produce, send_and_listen, send_until_closed,
     unreadable_requests,
 };
+use crate::cluster::{HEAL, create, healed};
 use crate::support::command::run;
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, healed};
 
 /// Memory that a broker may take on while it is shouted at, in KiB: far below what any of the claimed lengths would be.
 const GROWTH_KIB: u64 = 64 << 10;

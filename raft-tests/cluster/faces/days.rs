@@ -10,8 +10,8 @@ use logboom::types::{Acks, BrokerId, Error, Offset, Outcome};
 use tokio::time::Instant;
 
 use super::raw::{Raw, batch, partition, produce};
+use crate::cluster::{HEAL, create, describe, healed};
 use crate::support::{ProcessCluster, Workload, WorkloadConfig, verify, wait_for};
-use crate::{HEAL, create, describe, healed};
 
 /// Two election timeouts and the leader's lease before them, with room for a busy machine.
 const TAKEOVER: Duration = Duration::from_secs(5);

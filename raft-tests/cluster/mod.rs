@@ -3,9 +3,6 @@
 // A test that cannot go on ends with a text that says why, and a kill test says what it measured.
 #![allow(clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod controller;
 mod faces;
 mod identity;
@@ -15,10 +12,10 @@ mod moves;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use crate::support::wait_for;
 use anyhow::ensure;
 use logboom::api::{PartitionView, TopicView};
 use logboom::client::{Client, NewTopic};
-use support::wait_for;
 
 /// How long a cluster may take to heal.
 const HEAL: Duration = Duration::from_secs(60);

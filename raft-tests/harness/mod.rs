@@ -1,14 +1,11 @@
 //! The harness proves itself: the checker is told what it knows, and its processes obey.
 
-#[path = "../support/mod.rs"]
-mod support;
-
 use std::time::Duration;
 
+use crate::support::{Fate, History, ProcessCluster, Sent, Verdict, recorded, value_of, wait_for};
 use logboom::testkit::checker::{AnomalyKind, Coverage, check};
 use logboom::testkit::history::FinalLog;
 use logboom::types::{Error, Offset};
-use support::{Fate, History, ProcessCluster, Sent, Verdict, recorded, value_of, wait_for};
 use tokio::time::Instant;
 
 /// Goal: the checker is told what the workload knows of each record: acknowledged where, definitely not done, unknown, unanswered.

@@ -4,9 +4,6 @@
 // A test that cannot go on ends with a text that says why.
 #![allow(clippy::panic, clippy::indexing_slicing, clippy::print_stdout)]
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod alone;
 mod bench;
 mod chaos;

@@ -14,9 +14,6 @@
     clippy::option_option
 )]
 
-#[path = "../support/mod.rs"]
-mod support;
-
 mod audit;
 mod faults;
 mod full;
@@ -26,9 +23,9 @@ mod trace;
 
 use std::time::Duration;
 
+use crate::support::wait_for;
 use anyhow::ensure;
 use logboom::client::{Client, NewTopic};
-use support::wait_for;
 
 /// How long a cluster may take to heal.
 const HEAL: Duration = Duration::from_secs(60);
