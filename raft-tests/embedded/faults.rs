@@ -407,9 +407,14 @@ async fn a_controller_that_is_cut_off_warns_in_measure() {
     let old = controller().await.unwrap();
     let tasks = Tasks::new();
     let asked = run.direct(run.others(old)[0], 1_000, &tasks).await;
-    let draw = async || match asked.send(true, Request::InitProducer).await {
-        Ok(Response::Producer { id, .. }) => id,
-        other => panic!("{other:?}"),
+    let draw = async || {
+        let drawn = wait_until(LONG, "a producer id", async || {
+            match asked.send(true, Request::InitProducer).await {
+                Ok(Response::Producer { id, .. }) => Ok(id),
+                other => Err(format!("{other:?}")),
+            }
+        });
+        drawn.await.unwrap()
     };
     let mut ids = vec![draw().await, draw().await];
     let warned = |broker: BrokerId| {
@@ -423,8 +428,12 @@ async fn a_controller_that_is_cut_off_warns_in_measure() {
         _ => Ok(()),
     });
     dead.await.unwrap();
-    let now = controller().await;
-    assert!(now.is_some() && now != Some(old), "{now:?}");
+    let next = wait_until(LONG, "another controller", async || {
+        let now = controller().await;
+        let is_another = now.is_some_and(|now| now != old);
+        is_another.then_some(()).ok_or(format!("{now:?}"))
+    });
+    next.await.unwrap();
     ids.extend([draw().await, draw().await]);
     assert!(ids.is_sorted_by(|one, next| one < next), "{ids:?}");
     tasks.shutdown().await;
