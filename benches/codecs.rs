@@ -1,4 +1,4 @@
-//! What batches and messages cost to encode, to check and to decode, per byte.
+//! What batches cost to encode, to check and to decode, per byte.
 //!
 //! Owns the making of batches: records of one size, with random values, as no compression is wanted.
 //!

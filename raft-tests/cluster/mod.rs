@@ -12,10 +12,11 @@ mod moves;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use crate::support::wait_for;
 use anyhow::ensure;
 use logboom::api::{PartitionView, TopicView};
 use logboom::client::{Client, NewTopic};
+
+use crate::support::wait_for;
 
 /// How long a cluster may take to heal.
 const HEAL: Duration = Duration::from_secs(60);

@@ -23,9 +23,10 @@ mod trace;
 
 use std::time::Duration;
 
-use crate::support::wait_for;
 use anyhow::ensure;
 use logboom::client::{Client, NewTopic};
+
+use crate::support::wait_for;
 
 /// How long a cluster may take to heal.
 const HEAL: Duration = Duration::from_secs(60);

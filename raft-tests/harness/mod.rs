@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
-use crate::support::{Fate, History, ProcessCluster, Sent, Verdict, recorded, value_of, wait_for};
 use logboom::testkit::checker::{AnomalyKind, Coverage, check};
 use logboom::testkit::history::FinalLog;
 use logboom::types::{Error, Offset};
 use tokio::time::Instant;
+
+use crate::support::{Fate, History, ProcessCluster, Sent, Verdict, recorded, value_of, wait_for};
 
 /// Goal: the checker is told what the workload knows of each record: acknowledged where, definitely not done, unknown, unanswered.
 /// Method: one of each, held against logs that permit them, and against logs that each contradict one.

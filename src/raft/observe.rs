@@ -19,13 +19,13 @@ pub(crate) async fn observe(raft: Raft, generation: u64, group: Weak<Inner>) {
     let mut server = raft.server_metrics();
     let mut flushed = raft.watch_log_progress();
     let mut committed = raft.watch_commit_progress();
-    let mut known = Known::of(server.borrow_watched().membership_config.clone());
+    let mut effective = Effective::of(server.borrow_watched().membership_config.clone());
     loop {
         let Some(inner) = group.upgrade() else { return };
         if !inner.runs(generation) {
             return;
         }
-        publish(&raft, &inner.replica, committed.get(), &mut known);
+        publish(&raft, &inner.replica, committed.get(), &mut effective);
         drop(inner);
         let alive = tokio::select! {
             biased;
@@ -49,12 +49,12 @@ pub(crate) async fn observe(raft: Raft, generation: u64, group: Weak<Inner>) {
 }
 
 /// The newest membership, and who belongs to the group by it: worked out when it changes, not with every entry.
-struct Known {
+struct Effective {
     membership: Arc<StoredMembership>,
     members: Members,
 }
 
-impl Known {
+impl Effective {
     fn of(membership: Arc<StoredMembership>) -> Self {
         let members = Members::of(membership.membership());
         Self {
@@ -74,12 +74,12 @@ fn set<T: PartialEq + Clone>(field: &mut T, value: &T) -> bool {
 }
 
 /// Copies what the instance says into the status.
-fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>, known: &mut Known) {
+fn publish(raft: &Raft, replica: &Replica, committed: Option<LogId>, effective: &mut Effective) {
     let server = raft.server_metrics().borrow_watched().clone();
-    if !Arc::ptr_eq(&known.membership, &server.membership_config) {
-        *known = Known::of(server.membership_config);
+    if !Arc::ptr_eq(&effective.membership, &server.membership_config) {
+        *effective = Effective::of(server.membership_config);
     }
-    let members = &known.members;
+    let members = &effective.members;
     let leads = server.state == ServerState::Leader;
     let vote = server.vote.leader_id();
     let epoch = LeaderEpoch(vote.term);
